@@ -1,0 +1,201 @@
+/* The table of operations that the model is written against. A backend (CPU here, CUDA beside it)
+ * fills every entry with the same meaning.
+ *
+ * Tensors are dense, row-major and live in the backend's memory; the caller owns them. Images are
+ * channels-last: [frame, position, channel]. Index arrays (int32_t) and metrics (double) live in
+ * the backend's memory too. Operations run in the order they are called and may return before
+ * they have run; sync() waits and reports what went wrong. Sums have a fixed order: the same call
+ * gives the same bits, whatever the number of threads.
+ *
+ * In every *_back: gradients of parameters (dw, dbias, dgamma, ...) are accumulated (+=) and may
+ * be NULL, meaning frozen; gradients of activations are overwritten unless `add` is true or the
+ * comment says "+=", and may be NULL where the comment says so. */
+#ifndef FV_BACKEND_BACKEND_H
+#define FV_BACKEND_BACKEND_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/real.h"
+#include "base/status.h"
+
+typedef struct FvBackend FvBackend;
+
+/* Multi-head attention over packed rows: queries [batch, rows, heads * width], keys and values
+ * [batch, keys, kv_heads * width]; head h reads key head h / (heads / kv_heads). */
+typedef struct FvAttention {
+    size_t batch, rows, keys, heads, kv_heads, width;
+    double scale; /* multiplies the scores */
+    bool causal;  /* row i sees keys j <= i + (keys - rows) */
+    /* [batch] or NULL: keys below first[b] are padding, never seen. A row with nothing to see
+     * gets probabilities and output 0. */
+    const int32_t *first;
+} FvAttention;
+
+/* One query per frame over that frame's keys: q [frames, heads * width], k and v
+ * [frames, keys, heads * width], probs [frames, heads, keys]. */
+typedef struct FvQuery {
+    size_t frames, keys, heads, width;
+    double scale; /* multiplies the scores: 1 / (sqrt(width) * temperature) */
+    size_t top_k; /* keep the k largest scores (ties: lower index); 0 or > keys keeps all */
+} FvQuery;
+
+typedef struct FvConv { /* 3 x 3, stride 1, padding 1 */
+    size_t frames, height, width, in, out;
+} FvConv;
+
+typedef struct FvAdamW {
+    double lr, beta1, beta2, eps, weight_decay;
+    double clip_norm; /* gradients are multiplied by min(1, clip_norm / (norm + 1e-6)) */
+    size_t step;      /* 1 for the first update: bias correction */
+} FvAdamW;
+
+typedef struct FvOps {
+    /* --- memory; upload and download take host pointers ------------------------------------- */
+    FvStatus (*alloc)(FvBackend *, size_t bytes, void **out, FvError *); /* zeroed, FV_ALIGN */
+    void (*release)(FvBackend *, void *);
+    void (*upload)(FvBackend *, void *dst, const void *src, size_t bytes);
+    void (*download)(FvBackend *, void *dst, const void *src, size_t bytes); /* waits */
+    void (*zero)(FvBackend *, void *dst, size_t bytes);
+    FvStatus (*sync)(FvBackend *, FvError *);
+
+    /* --- rows and elements ------------------------------------------------------------------ */
+    void (*copy)(FvBackend *, size_t n, const real *x, real *y);
+    void (*add)(FvBackend *, size_t n, const real *x, real *y); /* y += x */
+    /* dst[di(i)] (+)= src[si(i)] for i < rows, rows of `width`; an index array NULL means i, a
+     * source or target index < 0 skips the row. With add, repeated targets are summed in the
+     * order of i; without, targets must not repeat. */
+    void (*copy_rows)(FvBackend *, size_t rows, size_t width, const real *src, const int32_t *si,
+                      real *dst, const int32_t *di, bool add);
+    /* y = x + scale * a, scale [width] or NULL for 1; y may be x */
+    void (*residual)(FvBackend *, size_t rows, size_t width, const real *x, const real *scale,
+                     const real *a, real *y);
+    /* da = scale * dy; dscale += sum over rows of a * dy. (The gradient of x is dy itself.) */
+    void (*residual_back)(FvBackend *, size_t rows, size_t width, const real *scale, const real *a,
+                          const real *dy, real *da, real *dscale);
+
+    /* --- dense layers ----------------------------------------------------------------------- */
+    /* y [rows, out] = x [rows, in] w^T + bias; w [out, in]; bias [out] or NULL */
+    void (*linear)(FvBackend *, size_t rows, size_t in, size_t out, const real *x, const real *w,
+                   const real *bias, real *y);
+    /* dx (NULL: not needed) = or += dy w; dw += dy^T x; dbias += column sums of dy */
+    void (*linear_back)(FvBackend *, size_t rows, size_t in, size_t out, const real *x,
+                        const real *w, const real *dy, real *dx, bool add, real *dw, real *dbias);
+    /* exact GELU, x * Phi(x); gelu_back: dx = dy * gelu'(x), dx may be dy */
+    void (*gelu)(FvBackend *, size_t n, const real *x, real *y);
+    void (*gelu_back)(FvBackend *, size_t n, const real *x, const real *dy, real *dx);
+    /* y = silu(gate) * up; dgate may be dy */
+    void (*swiglu)(FvBackend *, size_t n, const real *gate, const real *up, real *y);
+    void (*swiglu_back)(FvBackend *, size_t n, const real *gate, const real *up, const real *dy,
+                        real *dgate, real *dup);
+
+    /* --- normalisation; mean, rstd [rows] are kept for the backward pass --------------------- */
+    void (*layernorm)(FvBackend *, size_t rows, size_t width, double eps, const real *x,
+                      const real *gamma, const real *beta, real *y, real *mean, real *rstd);
+    void (*layernorm_back)(FvBackend *, size_t rows, size_t width, const real *x, const real *gamma,
+                           const real *mean, const real *rstd, const real *dy, real *dx, bool add,
+                           real *dgamma, real *dbeta);
+    void (*rmsnorm)(FvBackend *, size_t rows, size_t width, double eps, const real *x,
+                    const real *gamma, real *y, real *rstd);
+    void (*rmsnorm_back)(FvBackend *, size_t rows, size_t width, const real *x, const real *gamma,
+                         const real *rstd, const real *dy, real *dx, bool add, real *dgamma);
+    /* y = x * r, r = target / (std(x) + 1e-6) per row, std with n - 1; keeps std [rows]. A
+     * constant row has std 0 and gradient r * dy. */
+    void (*rescale)(FvBackend *, size_t rows, size_t width, double target, const real *x, real *y,
+                    real *std);
+    void (*rescale_back)(FvBackend *, size_t rows, size_t width, double target, const real *x,
+                         const real *std, const real *dy, real *dx);
+
+    /* --- attention -------------------------------------------------------------------------- */
+    /* probs [batch, heads, rows, keys] is kept for the backward pass */
+    void (*attention)(FvBackend *, const FvAttention *, const real *q, const real *k, const real *v,
+                      real *probs, real *out);
+    /* dq is overwritten; dk, dv += */
+    void (*attention_back)(FvBackend *, const FvAttention *, const real *q, const real *k,
+                           const real *v, const real *probs, const real *dout, real *dq, real *dk,
+                           real *dv);
+    void (*query)(FvBackend *, const FvQuery *, const real *q, const real *k, const real *v,
+                  real *probs, real *out);
+    /* dprobs: a further gradient of probs [frames, heads, keys] (the entropy term's) or NULL.
+     * dq is overwritten; dk, dv += or both NULL. k and v may be the same tensor, dk and dv too. */
+    void (*query_back)(FvBackend *, const FvQuery *, const real *q, const real *k, const real *v,
+                       const real *probs, const real *dout, const real *dprobs, real *dq, real *dk,
+                       real *dv);
+    /* Rotary embedding in place, rotate-half form (Llama): x [batch, rows, heads * width], row r of
+     * clip b stands at position row0 + r - first[b] (first NULL: 0). inverse rotates back, which
+     * is the backward pass. */
+    void (*rope)(FvBackend *, size_t batch, size_t rows, size_t heads, size_t width, size_t row0,
+                 const int32_t *first, double theta, bool inverse, real *x);
+
+    /* --- images ----------------------------------------------------------------------------- */
+    /* pixels uint8 [frames, size, size, 3] -> out [frames * grid * grid, 3 * patch * patch],
+     * elements in the order (channel, y, x), scaled to [0, 1] and normalised with the ImageNet
+     * mean and deviation; grid = size / patch, pixels beyond grid * patch are not read */
+    void (*patchify)(FvBackend *, size_t frames, size_t size, size_t patch, const uint8_t *pixels,
+                     real *out);
+    /* x [frames, patches + 1, width]: row 0 = cls + pos[0], row 1 + n = patch[n] + pos[1 + n] */
+    void (*tokens)(FvBackend *, size_t frames, size_t patches, size_t width, const real *patch,
+                   const real *cls, const real *pos, real *x);
+    void (*tokens_back)(FvBackend *, size_t frames, size_t patches, size_t width, const real *dx,
+                        real *dpatch, real *dcls, real *dpos);
+    /* x [frames, height * width, in], w [out, 3, 3, in], y [frames, height * width, out] */
+    void (*conv)(FvBackend *, const FvConv *, const real *x, const real *w, const real *bias,
+                 real *y);
+    void (*conv_back)(FvBackend *, const FvConv *, const real *x, const real *w, const real *dy,
+                      real *dx /* NULL: not needed */, bool add, real *dw, real *dbias);
+    /* y[f, p, c] = gb[f, c] * x[f, p, c] + gb[f, channels + c]; gb [frames, 2 * channels] */
+    void (*film)(FvBackend *, size_t frames, size_t positions, size_t channels, const real *x,
+                 const real *gb, real *y);
+    void (*film_back)(FvBackend *, size_t frames, size_t positions, size_t channels, const real *x,
+                      const real *gb, const real *dy, real *dx, bool add, real *dgb);
+
+    /* --- losses and measures; sums in double ------------------------------------------------ */
+    /* loss[f] = mean over the frame's n elements of (x - target)^2; back: dx = scale * d loss[f] */
+    void (*mse)(FvBackend *, size_t frames, size_t n, const real *x, const real *target,
+                double *loss);
+    void (*mse_back)(FvBackend *, size_t frames, size_t n, double scale, const real *x,
+                     const real *target, real *dx);
+    /* cosine[r] = x.y / max(|x||y|, 1e-8); back: dx += scale * d cosine[r] / dx, same for dy */
+    void (*cosine)(FvBackend *, size_t rows, size_t width, const real *x, const real *y,
+                   double *cosine);
+    void (*cosine_back)(FvBackend *, size_t rows, size_t width, double scale, const real *x,
+                        const real *y, real *dx, real *dy);
+    /* entropy[f] = mean over heads of -sum p log p (nats, 0 log 0 = 0); back: dprobs =
+     * dentropy[f] * its derivative, 0 where p = 0 */
+    void (*entropy)(FvBackend *, size_t frames, size_t heads, size_t keys, const real *probs,
+                    double *entropy);
+    void (*entropy_back)(FvBackend *, size_t frames, size_t heads, size_t keys, const real *probs,
+                         const double *dentropy, real *dprobs);
+    /* hinge[c] = relu(H_fine - H_coarse + margin), H the mean entropy of clip c's frames;
+     * dfine, dcoarse [clips * frames] = the derivatives of weight * mean over clips of hinge */
+    void (*entropy_hinge)(FvBackend *, size_t clips, size_t frames, const double *fine,
+                          const double *coarse, double margin, double weight, double *hinge,
+                          double *dfine, double *dcoarse);
+
+    /* --- optimizer -------------------------------------------------------------------------- */
+    /* *norm = square root of the sum of squares, in double */
+    void (*norm)(FvBackend *, size_t n, const real *x, double *norm);
+    /* AdamW as PyTorch's: p -= lr * weight_decay * p, then the bias-corrected step. norm points
+     * to the gradient norm in the backend's memory; a norm that is not finite changes nothing. */
+    void (*adamw)(FvBackend *, const FvAdamW *, size_t n, const double *norm, const real *g,
+                  real *p, real *m, real *v);
+    /* index of the first element that is not finite, n if all are; waits */
+    size_t (*first_nonfinite)(FvBackend *, size_t n, const real *x);
+} FvOps;
+
+struct FvBackend {
+    const FvOps *ops;
+    const char *name;     /* "cpu" */
+    char description[96]; /* processor or GPU, as the tables print it */
+};
+
+/* threads >= 1, counting the caller, which computes too. One backend serves one job at a time. */
+FvStatus fv_cpu_backend_create(size_t threads, FvBackend **out, FvError *err);
+void fv_cpu_backend_destroy(FvBackend *);
+
+/* Workspace of the CPU operations: grown on first use of a larger shape, so that steps after the
+ * first allocate nothing. Bytes now held. */
+size_t fv_cpu_workspace_bytes(const FvBackend *);
+
+#endif

@@ -1,0 +1,570 @@
+#include "model/model.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/parts.h"
+
+static const double visual_scale = 0.14; /* deviation of a visual token's values */
+static const double hinge_weight = 0.1;
+
+/* --- building ------------------------------------------------------------------------------- */
+
+/* Registers every parameter in the order in which the blocks hold them: what can be frozen or
+ * unused stands together, so that the trained ones form few runs. */
+static void declare_params(FvModel *m, FvParams *table) {
+    const FvModelConfig *c = &m->c;
+    size_t d = c->dino_width, w = c->lm_width, q = c->query_width;
+    FvRole visual = c->vision ? FV_TRAINED : FV_UNUSED;
+    FvRole chosen = c->vision && c->frames > 1 ? FV_TRAINED : FV_UNUSED;
+    double in = 1.0 / sqrt((double)d), out = 1.0 / sqrt((double)w);
+    fv_encoder_params(m, table);
+    fv_lm_params(m, table);
+    fv_params_add(table, &m->no_text, c->captions ? FV_UNUSED : FV_TRAINED, FV_INIT_NORMAL, 0.14,
+                  "no_text", (size_t[]){w, 0}, false);
+    fv_query_params(m, table);
+    fv_params_add(table, &m->to_lm_w, visual, FV_INIT_UNIFORM, in, "dino_to_lm.weight",
+                  (size_t[]){w, d, 0}, false);
+    fv_params_add(table, &m->to_lm_b, visual, FV_INIT_UNIFORM, in, "dino_to_lm.bias",
+                  (size_t[]){w, 0}, false);
+    fv_params_add(table, &m->to_query_w, chosen, FV_INIT_UNIFORM, out, "lm_to_query.weight",
+                  (size_t[]){q, w, 0}, false);
+    fv_params_add(table, &m->to_query_b, chosen, FV_INIT_UNIFORM, out, "lm_to_query.bias",
+                  (size_t[]){q, 0}, false);
+    fv_params_add(table, &m->mode[FV_COARSE], FV_TRAINED, FV_INIT_NORMAL, 0.14, "mode_coarse",
+                  (size_t[]){w, 0}, false);
+    fv_params_add(table, &m->mode[FV_FINE], FV_TRAINED, FV_INIT_NORMAL, 0.14, "mode_fine",
+                  (size_t[]){w, 0}, false);
+    fv_head_params(m, table);
+}
+
+static void carve_metrics(FvModel *m, FvArena *arena) {
+    FvMetrics *t = &m->metrics;
+    size_t frames = fv_frames(m), clips = m->c.clips;
+    t->count = 7 * frames + clips + 1;
+    t->block = fv_take_bytes(arena, fv_mul(fv_add(t->count, 2 * frames), sizeof(double)));
+    if (!t->block)
+        return;
+    double *next = t->block;
+    double **per_frame[] = {&t->loss[FV_COARSE],    &t->loss[FV_FINE],    &t->cosine,
+                            &t->entropy[FV_COARSE], &t->entropy[FV_FINE], &t->loss_copy,
+                            &t->loss_other};
+    for (size_t i = 0; i < 7; i++, next += frames)
+        *per_frame[i] = next;
+    t->hinge = next;
+    t->norm = next + clips;
+    t->dentropy[FV_COARSE] = t->norm + 1;
+    t->dentropy[FV_FINE] = t->dentropy[FV_COARSE] + frames;
+}
+
+static int32_t *take_rows(FvArena *arena, size_t count) {
+    return fv_take_bytes(arena, fv_mul(count, sizeof(int32_t)));
+}
+
+static void carve(FvModel *m, FvArena *arena) {
+    const FvModelConfig *c = &m->c;
+    size_t frames = fv_frames(m), wide = fv_mul(frames, c->lm_width);
+    size_t choices = fv_mul(c->clips, c->frames - 1), text = fv_mul(c->clips, c->max_text);
+    m->pixels = fv_take_bytes(arena, fv_mul4(frames, c->size, c->size, 3));
+    carve_metrics(m, arena);
+    m->rows = (FvRows){
+        .zeros = take_rows(arena, frames > text ? frames : text),
+        .mode = take_rows(arena, c->clips),
+        .visual = take_rows(arena, frames),
+        .before = take_rows(arena, frames),
+        .chooser = take_rows(arena, choices),
+        .chosen = take_rows(arena, choices),
+        .initial = take_rows(arena, c->clips),
+        .tokens = take_rows(arena, text),
+    };
+    fv_encoder_carve(m, arena);
+    fv_query_carve(m, arena);
+    fv_lm_carve(m, arena);
+    fv_head_carve(m, arena);
+    for (int p = 0; p < FV_PASSES; p++) {
+        m->visual_in[p] = fv_take(arena, wide);
+        m->visual_std[p] = fv_take(arena, frames);
+        m->visual[p] = fv_take(arena, wide);
+    }
+    m->bank = fv_take(arena, fv_mul3(c->clips + 1, c->frames - 1, c->query_width));
+    m->choosers = fv_take(arena, fv_mul(choices, c->lm_width));
+    m->dvisual = fv_take(arena, wide);
+    m->dvisual_in = fv_take(arena, wide);
+    m->dchoosers = fv_take(arena, fv_mul(choices, c->lm_width));
+    m->dchosen = fv_take(arena, fv_mul(choices, c->query_width));
+    m->dz_coarse = fv_take(arena, fv_mul(frames, c->dino_width));
+}
+
+/* The arrays with one entry per layer; pointers into the arena are filled by carve(). */
+static FvStatus create_layers(FvModel *m, FvError *err) {
+    size_t dino = m->c.dino_layers, lm = m->c.lm_layers;
+    FvEncoder *e = &m->encoder;
+    bool ok = (e->layer = calloc(dino, sizeof *e->layer)) != NULL;
+    ok = ok && (e->act = calloc(dino, sizeof *e->act));
+    real ***dino_tables[] = {&e->k, &e->v, &e->dk, &e->dv};
+    for (size_t i = 0; i < 4; i++)
+        ok = ok && (*dino_tables[i] = calloc(dino, sizeof(real *)));
+    ok = ok && (m->lm.layer = calloc(lm, sizeof *m->lm.layer));
+    ok = ok && (m->lm.text.act = calloc(lm, sizeof *m->lm.text.act));
+    ok = ok && (m->lm.text.dk = calloc(lm, sizeof(real *)));
+    ok = ok && (m->lm.text.dv = calloc(lm, sizeof(real *)));
+    for (int p = 0; p < FV_PASSES; p++) {
+        ok = ok && (m->query.pass[p].act = calloc(dino, sizeof(FvBlockActs)));
+        ok = ok && (m->lm.pass[p].act = calloc(lm, sizeof(FvLmActs)));
+    }
+    return ok ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory for the model's tables");
+}
+
+static void free_layers(FvModel *m) {
+    FvEncoder *e = &m->encoder;
+    free(e->layer);
+    free(e->act);
+    free(e->k);
+    free(e->v);
+    free(e->dk);
+    free(e->dv);
+    free(m->lm.layer);
+    free(m->lm.text.act);
+    free(m->lm.text.dk);
+    free(m->lm.text.dv);
+    for (int p = 0; p < FV_PASSES; p++) {
+        free(m->query.pass[p].act);
+        free(m->lm.pass[p].act);
+    }
+}
+
+/* Tables and sizes, no tensor memory yet. */
+static FvStatus prepare(const FvModelConfig *config, FvModel **out, FvModelMemory *memory,
+                        FvError *err) {
+    FV_TRY(fv_model_config_check(config, err));
+    FvModel *m = calloc(1, sizeof *m);
+    if (!m)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for a model");
+    m->c = *config;
+    FvStatus status = create_layers(m, err);
+    if (status != FV_OK) {
+        fv_model_destroy(m);
+        return status;
+    }
+    declare_params(m, &m->params);
+    if (m->params.out_of_memory) {
+        fv_model_destroy(m);
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the parameter table");
+    }
+    FvArena measure = {0};
+    carve(m, &measure);
+    *memory = (FvModelMemory){
+        .weights = fv_mul(m->params.memory, sizeof(real)),
+        .gradients = fv_mul(m->params.trained_memory, sizeof(real)),
+        .moments = fv_mul3(m->params.trained_memory, 2, sizeof(real)),
+        .activations = measure.used,
+    };
+    *out = m;
+    return FV_OK;
+}
+
+FvStatus fv_model_plan(const FvModelConfig *config, FvModelMemory *memory, size_t *parameters,
+                       size_t *trained, FvError *err) {
+    FvModel *m;
+    FV_TRY(prepare(config, &m, memory, err));
+    *parameters = m->params.total;
+    *trained = m->params.trained;
+    fv_model_destroy(m);
+    return FV_OK;
+}
+
+static void upload_rows(FvModel *m, int32_t *to, size_t i, size_t row) {
+    int32_t value = (int32_t)row;
+    m->be->ops->upload(m->be, to + i, &value, sizeof value);
+}
+
+/* Row numbers that depend on sizes alone. A pass's rows of clip b: [b * (1 + T)] is the mode
+ * token, the next T are v_1 .. v_T. */
+static void upload_indices(FvModel *m) {
+    size_t clips = m->c.clips, frames = m->c.frames;
+    for (size_t b = 0; b < clips; b++) {
+        size_t first = b * (1 + frames);
+        upload_rows(m, m->rows.mode, b, first);
+        upload_rows(m, m->rows.initial, b, b * frames);
+        for (size_t t = 0; t < frames; t++) {
+            size_t f = b * frames + t;
+            upload_rows(m, m->rows.visual, f, first + 1 + t);
+            upload_rows(m, m->rows.before, f, first + t);
+            upload_rows(m, m->head.shift, f, t ? f - 1 : SIZE_MAX /* -1: none */);
+            if (t + 1 == frames)
+                continue;
+            upload_rows(m, m->rows.chooser, b * (frames - 1) + t, first + 1 + t);
+            upload_rows(m, m->rows.chosen, b * (frames - 1) + t, f + 1);
+        }
+    }
+    fv_lm_upload(m);
+}
+
+FvStatus fv_model_create(const FvModelConfig *config, FvBackend *be, FvModel **out, FvError *err) {
+    FvModel *m;
+    FvModelMemory memory;
+    FV_TRY(prepare(config, &m, &memory, err));
+    m->be = be;
+    FvStatus status = be->ops->alloc(be, memory.weights, &m->block_weights, err);
+    if (status == FV_OK)
+        status = be->ops->alloc(be, fv_add(memory.gradients, memory.moments), &m->block_train, err);
+    if (status == FV_OK)
+        status = be->ops->alloc(be, memory.activations, &m->block_acts, err);
+    m->host_metrics = calloc(m->metrics.count, sizeof(double));
+    m->host_probs = calloc(fv_mul3(fv_frames(m), m->c.dino_heads, fv_keys(m)), sizeof(real));
+    if (status == FV_OK && (!m->host_metrics || !m->host_probs))
+        status = FV_FAIL(err, FV_DEVICE, "out of memory for measures");
+    if (status != FV_OK) {
+        fv_model_destroy(m);
+        return status;
+    }
+    real *g = m->block_train;
+    size_t n = m->params.trained_memory;
+    fv_params_bind(&m->params, m->block_weights, g, g + n, g + 2 * n);
+    FvArena arena = {.base = m->block_acts};
+    carve(m, &arena);
+    upload_indices(m);
+    *out = m;
+    return FV_OK;
+}
+
+void fv_model_destroy(FvModel *m) {
+    if (!m)
+        return;
+    void *blocks[] = {m->block_weights, m->block_train, m->block_acts};
+    for (size_t i = 0; i < 3; i++)
+        if (blocks[i])
+            m->be->ops->release(m->be, blocks[i]);
+    free(m->host_metrics);
+    free(m->host_probs);
+    fv_params_free(&m->params);
+    free_layers(m);
+    free(m);
+}
+
+FvParams *fv_model_params(FvModel *m) {
+    return &m->params;
+}
+
+/* --- forward -------------------------------------------------------------------------------- */
+
+/* The text rows: token embeddings, right-aligned, or the one learned vector. */
+static void load_text(FvModel *m, const FvBatch *batch) {
+    const FvOps *ops = m->be->ops;
+    size_t clips = m->c.clips, text = m->c.max_text;
+    for (size_t b = 0; b < clips; b++) {
+        size_t count = m->c.captions ? (size_t)batch->token_count[b] : text;
+        upload_rows(m, m->lm.first, b, text - count);
+        for (size_t r = 0; m->c.captions && r < text; r++) {
+            int32_t token = r + count < text ? -1 : batch->tokens[b * text + r + count - text];
+            ops->upload(m->be, m->rows.tokens + b * text + r, &token, sizeof token);
+        }
+    }
+}
+
+void fv_model_load(FvModel *m, const FvBatch *batch) {
+    const FvOps *ops = m->be->ops;
+    size_t frames = fv_frames(m);
+    ops->upload(m->be, m->pixels, batch->pixels, frames * m->c.size * m->c.size * 3);
+    ops->upload(m->be, m->head.targets, batch->latents,
+                frames * fv_latent_count(&m->c) * sizeof(real));
+    load_text(m, batch);
+}
+
+static void embed_text(FvModel *m) {
+    const FvOps *ops = m->be->ops;
+    size_t rows = m->c.clips * m->c.max_text, w = m->c.lm_width;
+    real *x = m->lm.text.act[0].x;
+    if (m->c.captions) {
+        ops->zero(m->be, x, rows * w * sizeof(real)); /* padding rows stay zero */
+        ops->copy_rows(m->be, rows, w, m->lm.embed.w, m->rows.tokens, x, NULL, false);
+    } else {
+        ops->copy_rows(m->be, rows, w, m->no_text.w, m->rows.zeros, x, NULL, false);
+    }
+}
+
+void fv_model_encode(FvModel *m) {
+    if (m->c.vision)
+        fv_encoder_forward(m, m->pixels);
+    embed_text(m);
+    fv_lm_text(m);
+    fv_head_prepare(m);
+}
+
+/* From the pass's queries to its visual tokens v. */
+static void look(FvModel *m, FvPass pass) {
+    const FvOps *ops = m->be->ops;
+    size_t frames = fv_frames(m), w = m->c.lm_width;
+    if (!m->c.vision) {
+        ops->zero(m->be, m->visual[pass], frames * w * sizeof(real));
+        return;
+    }
+    const FvQueryPass *q = &m->query.pass[pass];
+    fv_query_forward(m, pass);
+    ops->linear(m->be, frames, m->c.dino_width, w, q->z, m->to_lm_w.w, m->to_lm_b.w,
+                m->visual_in[pass]);
+    ops->rescale(m->be, frames, w, visual_scale, m->visual_in[pass], m->visual[pass],
+                 m->visual_std[pass]);
+}
+
+static void measure_entropy(FvModel *m, FvPass pass) {
+    m->be->ops->entropy(m->be, fv_frames(m), m->c.deep ? m->c.dino_heads : 1, fv_keys(m),
+                        m->query.pass[pass].probs, m->metrics.entropy[pass]);
+}
+
+/* From the visual tokens to the predictions and their losses [F]. */
+static void predict(FvModel *m, FvPass pass, double *loss) {
+    const FvOps *ops = m->be->ops;
+    size_t frames = fv_frames(m), w = m->c.lm_width;
+    real *x = m->lm.pass[pass].act[0].x;
+    ops->copy_rows(m->be, m->c.clips, w, m->mode[pass].w, m->rows.zeros, x, m->rows.mode, false);
+    ops->copy_rows(m->be, frames, w, m->visual[pass], NULL, x, m->rows.visual, false);
+    fv_lm_forward(m, pass);
+    ops->copy_rows(m->be, frames, w, m->lm.pass[pass].h, m->rows.before, m->head.pass[pass].hidden,
+                   NULL, false);
+    fv_head_forward(m, pass);
+    ops->mse(m->be, frames, fv_latent_count(&m->c), m->head.pass[pass].prediction, m->head.targets,
+             loss);
+}
+
+static size_t choices(const FvModel *m) {
+    return m->c.clips * (m->c.frames - 1);
+}
+
+/* The queries chosen for the clips of this batch: behind slot 0 of the bank. */
+static real *chosen_queries(const FvModel *m) {
+    return m->bank + (m->c.frames - 1) * m->c.query_width;
+}
+
+void fv_model_coarse(FvModel *m) {
+    const FvOps *ops = m->be->ops;
+    size_t frames = fv_frames(m), w = m->c.lm_width;
+    if (m->c.vision)
+        ops->copy_rows(m->be, frames, m->c.query_width, m->query.fixed.w, m->rows.zeros,
+                       m->query.pass[FV_COARSE].u, NULL, false);
+    look(m, FV_COARSE);
+    predict(m, FV_COARSE, m->metrics.loss[FV_COARSE]);
+    if (m->c.vision)
+        measure_entropy(m, FV_COARSE);
+    if (!m->c.vision || m->c.frames == 1)
+        return;
+    ops->copy_rows(m->be, choices(m), w, m->lm.pass[FV_COARSE].h, m->rows.chooser, m->choosers,
+                   NULL, false);
+    ops->linear(m->be, choices(m), w, m->c.query_width, m->choosers, m->to_query_w.w,
+                m->to_query_b.w, chosen_queries(m));
+}
+
+static void fine_with(FvModel *m, const real *queries, double *loss) {
+    const FvOps *ops = m->be->ops;
+    if (m->c.vision) {
+        real *u = m->query.pass[FV_FINE].u;
+        ops->copy_rows(m->be, m->c.clips, m->c.query_width, m->query.init.w, m->rows.zeros, u,
+                       m->rows.initial, false);
+        ops->copy_rows(m->be, choices(m), m->c.query_width, queries, NULL, u, m->rows.chosen,
+                       false);
+    }
+    look(m, FV_FINE);
+    predict(m, FV_FINE, loss);
+}
+
+void fv_model_fine(FvModel *m) {
+    const FvOps *ops = m->be->ops;
+    const FvMetrics *t = &m->metrics;
+    fine_with(m, chosen_queries(m), t->loss[FV_FINE]);
+    if (!m->c.vision)
+        return;
+    measure_entropy(m, FV_FINE);
+    ops->cosine(m->be, fv_frames(m), m->c.dino_width, m->query.pass[FV_COARSE].z,
+                m->query.pass[FV_FINE].z, t->cosine);
+    ops->entropy_hinge(m->be, m->c.clips, m->c.frames, t->entropy[FV_FINE], t->entropy[FV_COARSE],
+                       m->c.entropy_margin, hinge_weight, t->hinge, t->dentropy[FV_FINE],
+                       t->dentropy[FV_COARSE]);
+}
+
+/* --- controls and measures ------------------------------------------------------------------- */
+
+void fv_model_fine_other(FvModel *m) {
+    const FvOps *ops = m->be->ops;
+    const FvMetrics *t = &m->metrics;
+    size_t frames = fv_frames(m), latent = fv_latent_count(&m->c);
+    real *copy = m->head.da; /* free outside the backward pass */
+    fine_with(m, m->bank, t->loss_other);
+    ops->zero(m->be, copy, frames * latent * sizeof(real));
+    ops->copy_rows(m->be, frames, latent, m->head.targets, m->head.shift, copy, NULL, false);
+    ops->mse(m->be, frames, latent, copy, m->head.targets, t->loss_copy);
+}
+
+void fv_model_keep_last(FvModel *m) {
+    size_t one = (m->c.frames - 1) * m->c.query_width;
+    if (one)
+        m->be->ops->copy(m->be, one, m->bank + m->c.clips * one, m->bank);
+}
+
+FvStatus fv_model_measure(FvModel *m, FvMeasures *out, FvError *err) {
+    const FvMetrics *t = &m->metrics;
+    double *host = m->host_metrics;
+    m->be->ops->download(m->be, host, t->block, t->count * sizeof *host);
+    FV_TRY(m->be->ops->sync(m->be, err));
+    *out = (FvMeasures){
+        .loss = {host + (t->loss[FV_COARSE] - t->block), host + (t->loss[FV_FINE] - t->block)},
+        .cosine = host + (t->cosine - t->block),
+        .entropy = {host + (t->entropy[FV_COARSE] - t->block),
+                    host + (t->entropy[FV_FINE] - t->block)},
+        .loss_copy = host + (t->loss_copy - t->block),
+        .loss_other = host + (t->loss_other - t->block),
+        .hinge = host + (t->hinge - t->block),
+        .norm = host[t->norm - t->block],
+    };
+    if (!m->c.vision)
+        for (size_t f = 0; f < fv_frames(m); f++)
+            for (int p = 0; p < FV_PASSES; p++) {
+                host[(t->entropy[p] - t->block) + (ptrdiff_t)f] = NAN;
+                host[(t->cosine - t->block) + (ptrdiff_t)f] = NAN;
+            }
+    return FV_OK;
+}
+
+void fv_model_attention(FvModel *m, FvPass pass, double *out) {
+    size_t frames = fv_frames(m), keys = fv_keys(m), heads = m->c.deep ? m->c.dino_heads : 1;
+    const real *probs = m->host_probs;
+    m->be->ops->download(m->be, m->host_probs, m->query.pass[pass].probs,
+                         frames * heads * keys * sizeof(real));
+    for (size_t f = 0; f < frames; f++)
+        for (size_t k = 0; k < keys; k++) {
+            double sum = 0;
+            for (size_t h = 0; h < heads; h++)
+                sum += (double)probs[(f * heads + h) * keys + k];
+            out[f * keys + k] = sum / (double)heads;
+        }
+}
+
+/* --- backward ------------------------------------------------------------------------------- */
+
+/* Gradient of the visual tokens in lm.dx -> queries' gradient in query.du. */
+static void look_back(FvModel *m, FvPass pass) {
+    const FvOps *ops = m->be->ops;
+    FvQueryPart *q = &m->query;
+    size_t frames = fv_frames(m), d = m->c.dino_width, w = m->c.lm_width;
+    ops->copy_rows(m->be, frames, w, m->lm.dx, m->rows.visual, m->dvisual, NULL, false);
+    ops->rescale_back(m->be, frames, w, visual_scale, m->visual_in[pass], m->visual_std[pass],
+                      m->dvisual, m->dvisual_in);
+    ops->linear_back(m->be, frames, d, w, q->pass[pass].z, m->to_lm_w.w, m->dvisual_in, q->dz,
+                     false, m->to_lm_w.g, m->to_lm_b.g);
+    if (m->c.contrastive != 0 && pass == FV_FINE) {
+        ops->zero(m->be, m->dz_coarse, frames * d * sizeof(real));
+        ops->cosine_back(m->be, frames, d, m->c.contrastive / (double)frames, q->pass[FV_COARSE].z,
+                         q->pass[FV_FINE].z, m->dz_coarse, q->dz);
+    } else if (m->c.contrastive != 0) {
+        ops->add(m->be, frames * d, m->dz_coarse, q->dz);
+    }
+    if (m->c.entropy_margin > 0)
+        ops->entropy_back(m->be, frames, m->c.deep ? m->c.dino_heads : 1, fv_keys(m),
+                          q->pass[pass].probs, m->metrics.dentropy[pass], q->dprobs);
+    fv_query_backward(m, pass, m->c.entropy_margin > 0 ? q->dprobs : NULL);
+}
+
+/* The fine pass's queries were chosen by the coarse pass: leaves dchoosers for it. */
+static void choose_back(FvModel *m) {
+    const FvOps *ops = m->be->ops;
+    size_t w = m->c.lm_width, q = m->c.query_width;
+    ops->copy_rows(m->be, m->c.clips, q, m->query.du, m->rows.initial, m->query.init.g,
+                   m->rows.zeros, true);
+    if (m->c.frames == 1)
+        return;
+    ops->copy_rows(m->be, choices(m), q, m->query.du, m->rows.chosen, m->dchosen, NULL, false);
+    ops->linear_back(m->be, choices(m), w, q, m->choosers, m->to_query_w.w, m->dchosen,
+                     m->dchoosers, false, m->to_query_w.g, m->to_query_b.g);
+}
+
+static void pass_back(FvModel *m, FvPass pass) {
+    const FvOps *ops = m->be->ops;
+    size_t frames = fv_frames(m), w = m->c.lm_width, rows = m->c.clips * (1 + m->c.frames);
+    double weight = pass == FV_FINE ? 1.0 : m->c.lambda_coarse;
+    fv_head_backward(m, pass, weight / (double)frames);
+    ops->zero(m->be, m->lm.dx, rows * w * sizeof(real));
+    ops->copy_rows(m->be, frames, w, m->head.dhidden, NULL, m->lm.dx, m->rows.before, false);
+    if (pass == FV_COARSE && m->c.vision && m->c.frames > 1)
+        ops->copy_rows(m->be, choices(m), w, m->dchoosers, NULL, m->lm.dx, m->rows.chooser, true);
+    fv_lm_backward(m, pass);
+    ops->copy_rows(m->be, m->c.clips, w, m->lm.dx, m->rows.mode, m->mode[pass].g, m->rows.zeros,
+                   true);
+    if (!m->c.vision)
+        return;
+    look_back(m, pass);
+    if (pass == FV_FINE)
+        choose_back(m);
+    else
+        ops->copy_rows(m->be, frames, m->c.query_width, m->query.du, NULL, m->query.fixed.g,
+                       m->rows.zeros, true);
+}
+
+void fv_model_backward(FvModel *m) {
+    const FvOps *ops = m->be->ops;
+    size_t text = m->c.clips * m->c.max_text, w = m->c.lm_width;
+    ops->zero(m->be, m->params.g, m->params.trained_memory * sizeof(real));
+    pass_back(m, FV_FINE);
+    pass_back(m, FV_COARSE);
+    fv_lm_text_backward(m);
+    if (!m->c.captions)
+        ops->copy_rows(m->be, text, w, m->lm.dx, NULL, m->no_text.g, m->rows.zeros, true);
+    else if (m->lm.embed.g)
+        ops->copy_rows(m->be, text, w, m->lm.dx, NULL, m->lm.embed.g, m->rows.tokens, true);
+    fv_head_finish_backward(m);
+    if (m->encoder.trained)
+        fv_encoder_backward(m);
+}
+
+void fv_model_norm(FvModel *m) {
+    m->be->ops->norm(m->be, m->params.trained_memory, m->params.g, m->metrics.norm);
+}
+
+void fv_model_update(FvModel *m, const FvAdamW *adamw) {
+    fv_params_update(&m->params, m->be, adamw, m->metrics.norm);
+}
+
+/* --- trouble -------------------------------------------------------------------------------- */
+
+static bool bad(FvModel *m, const real *x, size_t n, const char *what, const char *of, char *name,
+                size_t size) {
+    if (!x || m->be->ops->first_nonfinite(m->be, n, x) == n)
+        return false;
+    snprintf(name, size, "%s%s", what, of);
+    return true;
+}
+
+void fv_model_first_bad(FvModel *m, char *name, size_t size) {
+    size_t frames = fv_frames(m), w = m->c.lm_width, rows = m->c.clips * (1 + m->c.frames);
+    static const char *const passes[FV_PASSES] = {"coarse pass: ", "fine pass: "};
+    for (size_t i = 0; i < m->params.count; i++) {
+        const FvParam *p = &m->params.list[i];
+        if (p->role != FV_UNUSED &&
+            bad(m, p->weight->w, p->count, "parameter ", p->name, name, size))
+            return;
+    }
+    if (bad(m, m->head.targets, frames * fv_latent_count(&m->c), "data: ", "latents", name, size))
+        return;
+    for (size_t l = 0; m->c.vision && l < m->c.dino_layers; l++) {
+        char layer[48];
+        snprintf(layer, sizeof layer, "keys of layer %zu", l);
+        if (bad(m, m->encoder.k[l], frames * fv_keys(m) * m->c.dino_width, "encoder: ", layer, name,
+                size))
+            return;
+    }
+    for (int p = 0; p < FV_PASSES; p++) {
+        if ((m->c.vision && bad(m, m->query.pass[p].z, frames * m->c.dino_width, passes[p],
+                                "features z", name, size)) ||
+            bad(m, m->visual[p], frames * w, passes[p], "visual tokens", name, size) ||
+            bad(m, m->lm.pass[p].h, rows * w, passes[p], "hidden states", name, size) ||
+            bad(m, m->head.pass[p].prediction, frames * fv_latent_count(&m->c), passes[p],
+                "prediction", name, size))
+            return;
+    }
+    for (size_t i = 0; i < m->params.count; i++) {
+        const FvParam *p = &m->params.list[i];
+        if (bad(m, p->weight->g, p->count, "gradient of ", p->name, name, size))
+            return;
+    }
+    snprintf(name, size, "%s", "");
+}

@@ -1,0 +1,81 @@
+/* The foveated video model: encoder, one query token per frame, language model, prediction head;
+ * a coarse and a fine pass, their losses, and exact gradients through both (SPEC of the study).
+ *
+ * A training step, see run/train.c:
+ *     fv_model_load, fv_model_encode, fv_model_coarse, fv_model_fine, fv_model_backward,
+ *     average params->g over the ranks, fv_model_measure, fv_model_update */
+#ifndef FV_MODEL_MODEL_H
+#define FV_MODEL_MODEL_H
+
+#include <stdint.h>
+
+#include "backend/backend.h"
+#include "model/batch.h"
+#include "model/config.h"
+#include "model/params.h"
+
+typedef struct FvModel FvModel;
+
+typedef enum FvPass { FV_COARSE, FV_FINE, FV_PASSES } FvPass;
+
+typedef struct FvModelMemory { /* bytes */
+    size_t weights, gradients, moments, activations;
+} FvModelMemory;
+
+/* What fv_model_create will allocate, and the counts; allocates nothing that lasts. */
+FvStatus fv_model_plan(const FvModelConfig *, FvModelMemory *, size_t *parameters, size_t *trained,
+                       FvError *);
+
+/* Three allocations: weights; gradients and moments; activations. Nothing is allocated later. */
+FvStatus fv_model_create(const FvModelConfig *, FvBackend *, FvModel **out, FvError *);
+void fv_model_destroy(FvModel *);
+
+FvParams *fv_model_params(FvModel *);
+
+/* Copies a batch (shapes of the model's config) to the backend. */
+void fv_model_load(FvModel *, const FvBatch *);
+
+/* Keys and values of every frame (deep), or the final features (shallow): both passes read them. */
+void fv_model_encode(FvModel *);
+/* The pass with q_static; leaves the queries it chooses for the next frames. */
+void fv_model_coarse(FvModel *);
+/* The pass with q_init and the chosen queries. */
+void fv_model_fine(FvModel *);
+
+/* Controls: a fine pass in which every clip uses the queries chosen for the clip before it (the
+ * first clip of a batch: those kept by fv_model_keep_last), and the previous latent as the
+ * prediction. Overwrites the fine pass's activations, not its measures. */
+void fv_model_fine_other(FvModel *);
+/* Call after a batch is done: its last clip's chosen queries become "the clip before". */
+void fv_model_keep_last(FvModel *);
+
+/* Gradients of
+ *   L_fine + lambda_coarse L_coarse + contrastive mean cos + 0.1 mean hinge (means over this
+ * rank's clips) for every trained parameter, into params->g. */
+void fv_model_backward(FvModel *);
+
+/* Measures of this rank's clips, per clip and frame [clips * frames], on the host. Valid until
+ * the next call of fv_model_measure. */
+typedef struct FvMeasures {
+    const double *loss[FV_PASSES];             /* mean over channels and positions */
+    const double *cosine, *entropy[FV_PASSES]; /* NaN when vision is off */
+    const double *loss_copy, *loss_other;      /* after fv_model_fine_other only */
+    const double *hinge;                       /* [clips] */
+    double norm;                               /* after fv_model_norm */
+} FvMeasures;
+
+FvStatus fv_model_measure(FvModel *, FvMeasures *, FvError *);
+
+/* Norm of params->g, to be read by fv_model_measure and fv_model_update. */
+void fv_model_norm(FvModel *);
+void fv_model_update(FvModel *, const FvAdamW *);
+
+/* Attention of a pass at the last layer, mean over heads: out [clips * frames, 1 + N], CLS first,
+ * host memory of the caller. Only with vision. */
+void fv_model_attention(FvModel *, FvPass, double *out);
+
+/* Names the first tensor, in the order of computation, that holds a value that is not finite
+ * ("" when there is none). */
+void fv_model_first_bad(FvModel *, char *name, size_t size);
+
+#endif

@@ -1,0 +1,32 @@
+/* results.h5: the whole study as one closed, self-contained HDF5 file, rewritten under a temporary
+ * name and renamed, so that a reader sees a valid file at any moment. */
+#ifndef FV_RUN_RESULTS_H
+#define FV_RUN_RESULTS_H
+
+#include "base/status.h"
+#include "run/config.h"
+#include "run/data.h"
+#include "run/history.h"
+
+typedef struct FvProvenance { /* root attributes */
+    const char *command_line, *revision, *hosts /* one line per rank */,
+        *start_time /* ISO 8601 UTC */;
+    const char *end_time;                 /* "" while running */
+    const char *weights, *weights_sha256; /* init_from files, "" for random start values */
+    const char *libraries;                /* versions, one line each */
+} FvProvenance;
+
+typedef struct FvJobRecord { /* experiment e, seed s stands at e * seed_count + s */
+    FvHistory history;       /* steps 0 when nothing is measured yet */
+    FvJobInfo info;
+    bool present; /* false: waiting, history is empty and has no capacity */
+} FvJobRecord;
+
+/* Writes OUT/results.h5. pixels: the frames of the clips with maps, per data set of the study:
+ * every experiment's `map_pixels[e]` is [map_clips, frames, size, size, 3] or NULL (no maps);
+ * experiments that share the pointer share the dataset in the file (hard link). */
+FvStatus fv_results_write(const char *out_dir, const FvStudy *, const FvJobRecord *records,
+                          const uint8_t *const *map_pixels, const FvDataInfo *const *data,
+                          const FvProvenance *, FvError *err);
+
+#endif

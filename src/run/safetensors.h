@@ -1,0 +1,51 @@
+/* Safetensors files: memory-mapped reading with every check of the format, and writing by
+ * temporary name, sync and rename. */
+#ifndef FV_RUN_SAFETENSORS_H
+#define FV_RUN_SAFETENSORS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+
+typedef enum FvType { FV_F64, FV_F32, FV_F16, FV_BF16, FV_I64, FV_I32, FV_U8, FV_TYPES } FvType;
+
+size_t fv_type_size(FvType);
+
+enum { FV_MAX_RANK = 8 };
+
+typedef struct FvTensor {
+    const char *name;
+    FvType type;
+    size_t rank, shape[FV_MAX_RANK];
+    const void *data; /* reading: into the mapped file, unaligned; writing: the caller's */
+    size_t count;     /* product of shape */
+} FvTensor;
+
+typedef struct FvTensorFile FvTensorFile;
+
+/* FV_DATA with path, tensor and what is wrong for a file that is missing, cut or malformed. */
+FvStatus fv_tensors_open(const char *path, FvTensorFile **out, FvError *err);
+void fv_tensors_close(FvTensorFile *);
+size_t fv_tensors_count(const FvTensorFile *);
+const FvTensor *fv_tensors_at(const FvTensorFile *, size_t index);
+const FvTensor *fv_tensors_find(const FvTensorFile *, const char *name); /* NULL: not there */
+const char *fv_tensors_metadata(const FvTensorFile *, const char *key);  /* NULL: not there */
+
+/* Elements first .. first + count as double, whatever the stored type. */
+void fv_tensor_read(const FvTensor *, size_t first, size_t count, double *out);
+
+typedef struct FvMeta {
+    const char *key, *value;
+} FvMeta;
+
+/* Writes path: temporary name in the same folder, all data, fsync, rename, fsync of the folder.
+ * The file ends whole or is not there. FV_IO naming path and the system's reason. A metadata key
+ * "checksum" (XXH3 of the tensor data in file order, hexadecimal) is added. */
+FvStatus fv_tensors_write(const char *path, const FvTensor *tensors, size_t count,
+                          const FvMeta *meta, size_t meta_count, FvError *err);
+
+/* FV_DATA when the file carries a "checksum" that its data does not have. */
+FvStatus fv_tensors_verify(const FvTensorFile *, FvError *err);
+
+#endif
