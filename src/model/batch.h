@@ -9,6 +9,7 @@
 
 typedef struct FvBatch {
     size_t clips;         /* as in FvModelConfig */
+    size_t max_text;      /* as in FvModelConfig: the row length of tokens */
     uint8_t *pixels;      /* [clips, T, S, S, 3] */
     real *latents;        /* [clips, T, S/8, S/8, 4]: channels last */
     int32_t *tokens;      /* [clips, max_text]: token ids, the first token_count[c] are valid */

@@ -11,6 +11,7 @@
 typedef enum FvType { FV_F64, FV_F32, FV_F16, FV_BF16, FV_I64, FV_I32, FV_U8, FV_TYPES } FvType;
 
 size_t fv_type_size(FvType);
+const char *fv_type_name(FvType); /* as in files: "F64", "BF16", ... */
 
 enum { FV_MAX_RANK = 8 };
 
@@ -24,28 +25,34 @@ typedef struct FvTensor {
 
 typedef struct FvTensorFile FvTensorFile;
 
-/* FV_DATA with path, tensor and what is wrong for a file that is missing, cut or malformed. */
+/* FV_DATA with path, tensor and what is wrong for a file that is missing, cut or malformed. The
+ * tensors, their names and the metadata belong to the file and live until it is closed. */
 FvStatus fv_tensors_open(const char *path, FvTensorFile **out, FvError *err);
 void fv_tensors_close(FvTensorFile *);
+const char *fv_tensors_path(const FvTensorFile *);
 size_t fv_tensors_count(const FvTensorFile *);
+/* In the order of their data. */
 const FvTensor *fv_tensors_at(const FvTensorFile *, size_t index);
 const FvTensor *fv_tensors_find(const FvTensorFile *, const char *name); /* NULL: not there */
 const char *fv_tensors_metadata(const FvTensorFile *, const char *key);  /* NULL: not there */
 
-/* Elements first .. first + count as double, whatever the stored type. */
+/* Elements first .. first + count as double, whatever the stored type (integers beyond 2^53 are
+ * rounded). */
 void fv_tensor_read(const FvTensor *, size_t first, size_t count, double *out);
 
 typedef struct FvMeta {
     const char *key, *value;
 } FvMeta;
 
-/* Writes path: temporary name in the same folder, all data, fsync, rename, fsync of the folder.
- * The file ends whole or is not there. FV_IO naming path and the system's reason. A metadata key
- * "checksum" (XXH3 of the tensor data in file order, hexadecimal) is added. */
+/* Writes path by temporary name, sync and rename: it ends whole, or stays as it was. FV_IO naming
+ * path and the system's reason. Tensors of larger elements come first, so that all are aligned. A
+ * metadata key "checksum" is added: XXH3-64 in hexadecimal over header (with zeros for these
+ * digits) and data. Metadata that is not UTF-8 is stored with '?' in place of the odd bytes. */
 FvStatus fv_tensors_write(const char *path, const FvTensor *tensors, size_t count,
                           const FvMeta *meta, size_t meta_count, FvError *err);
 
-/* FV_DATA when the file carries a "checksum" that its data does not have. */
+/* FV_DATA when the file carries a "checksum" that its contents do not have; a file without one
+ * passes. */
 FvStatus fv_tensors_verify(const FvTensorFile *, FvError *err);
 
 #endif

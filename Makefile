@@ -1,0 +1,150 @@
+# fovea: `make run` and `make test` are all that is needed; `make help` lists the rest.
+
+B ?= build
+NP ?= 1
+ARGS ?=
+CFLAGS ?= -O3 -g
+WARNINGS := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla
+ifeq ($(WERROR),1)
+WARNINGS += -Werror
+endif
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+JOBS := $(if $(findstring j,$(firstword -$(MAKEFLAGS))),,-j$(shell nproc))
+
+# Open MPI starts nothing for root unless told twice.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+export CC WERROR
+
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: all run test tests bench soak info help clean sanitize FORCE \
+        lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
+
+# --- what was found ------------------------------------------------------------------------------
+# These goals need no compiler, or look for it (and install it) themselves.
+ifneq ($(filter-out run test info help clean,$(or $(MAKECMDGOALS),all)),)
+include $(B)/config.mk
+endif
+
+$(B)/config.mk: scripts/configure scripts/packages.txt
+	@scripts/configure write $@
+
+# --- sources -------------------------------------------------------------------------------------
+SOURCES := $(sort $(wildcard src/base/*.c src/backend/*.c src/model/*.c src/run/*.c src/main.c))
+PARTS := $(filter-out src/main.c,$(SOURCES))
+# The part of the program whose mathematics is proved in double.
+PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file%,$(PARTS))
+TESTS := $(sort $(wildcard tests/unit/test_*.c))
+TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c))
+SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
+C_FILES := $(SOURCES) $(wildcard src/*/*.h tests/unit/*.[ch])
+
+CPPFLAGS += -D_GNU_SOURCE -Isrc -I$(B) $(if $(FFMPEG_FOUND),-DFV_FFMPEG) $(MPI_CFLAGS) \
+            $(HDF5_CFLAGS) $(OPENBLAS_CFLAGS) $(YAML_CFLAGS) $(JANSSON_CFLAGS) $(XXHASH_CFLAGS) \
+            $(if $(FFMPEG_FOUND),$(FFMPEG_CFLAGS)) $(CMOCKA_CFLAGS)
+LIBS := $(MPI_LIBS) $(HDF5_LIBS) $(OPENBLAS_LIBS) $(YAML_LIBS) $(JANSSON_LIBS) $(XXHASH_LIBS) \
+        $(if $(FFMPEG_FOUND),$(FFMPEG_LIBS)) -lpthread -lm
+# Sums keep their order; only errno and trap flags, which nothing reads, are given up.
+LANGUAGE := -std=c11 -fno-math-errno -fno-trapping-math $(WARNINGS)
+
+# --- program -------------------------------------------------------------------------------------
+all: fovea
+
+fovea: $(SOURCES:%.c=$(B)/f32/%.o)
+	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
+
+# One folder of objects per variant: float (the program), double (gradients), sanitizers.
+FLAGS_f32 := $(CFLAGS)
+FLAGS_f64 := $(CFLAGS) -DFV_DOUBLE
+FLAGS_san := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+define VARIANT
+$(B)/$(1)/%.o: %.c $(B)/config.mk | $(B)/revision.h
+	@mkdir -p $$(@D)
+	$$(CC) $$(LANGUAGE) $$(FLAGS_$(1)) $$(CPPFLAGS) -MMD -MP -c $$< -o $$@
+$(B)/$(1)/test_%: $(B)/$(1)/tests/unit/test_%.o $$(SHARED:%.c=$(B)/$(1)/%.o) $(2)
+	$$(CC) $$(FLAGS_$(1)) $$(LDFLAGS) -Wl,--as-needed $$^ $$(LIBS) $$(CMOCKA_LIBS) -o $$@
+endef
+$(eval $(call VARIANT,f32,$(PARTS:%.c=$(B)/f32/%.o)))
+$(eval $(call VARIANT,f64,$(PARTS_F64:%.c=$(B)/f64/%.o)))
+$(eval $(call VARIANT,san,$(PARTS:%.c=$(B)/san/%.o)))
+
+$(B)/revision.h: FORCE
+	@mkdir -p $(@D)
+	@printf '#define FV_REVISION "%s"\n' "$$(git describe --always --dirty --tags 2>/dev/null || \
+	    echo unknown)" >$@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+-include $(shell find $(B) -name '*.d' 2>/dev/null)
+
+# --- running -------------------------------------------------------------------------------------
+run:
+	@scripts/configure install build
+	@$(MAKE) --no-print-directory $(JOBS) all
+	mpirun -np $(NP) ./fovea $(ARGS)
+
+bench: all
+	tests/bench
+
+soak: all
+	tests/soak
+
+# --- tests ---------------------------------------------------------------------------------------
+test:
+	@scripts/configure install build optional analysis test
+	@tests/run
+
+# Every test program; tests/run builds this first.
+F32_TESTS := $(TESTS:tests/unit/%.c=$(B)/f32/%)
+F64_TESTS := $(TESTS_F64:tests/unit/%.c=$(B)/f64/%)
+SAN_TESTS := $(TESTS:tests/unit/%.c=$(B)/san/%)
+tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS)
+
+sanitize: $(SAN_TESTS)
+	@tests/run sanitize
+
+lint: lint-format lint-layers lint-tidy lint-cppcheck lint-readme
+
+lint-format:
+	clang-format --dry-run -Werror $(C_FILES)
+
+lint-layers:
+	scripts/check_layers
+
+lint-tidy: $(B)/revision.h
+	printf '%s\n' $(SOURCES) | xargs -P $$(nproc) -n 1 sh -c \
+	    'clang-tidy --quiet --warnings-as-errors="*" "$$0" -- -std=c11 $(CPPFLAGS) 2>/dev/null'
+
+lint-cppcheck: $(B)/revision.h
+	cppcheck -q -j $$(nproc) --std=c11 --enable=warning,performance,portability --inline-suppr \
+	    --error-exitcode=1 --suppress=missingIncludeSystem -D_GNU_SOURCE \
+	    $(if $(FFMPEG_FOUND),-DFV_FFMPEG) -Isrc -I$(B) src
+
+lint-readme:
+	scripts/configure table | while IFS= read -r line; do grep -qxF -e "$$line" README.md || \
+	    { echo "README.md lacks this line of 'scripts/configure table': $$line"; exit 1; }; done
+
+# --- the rest ------------------------------------------------------------------------------------
+info:
+	@scripts/configure info
+
+clean:
+	rm -rf $(B) fovea
+
+help:
+	@echo "make            build ./fovea"
+	@echo "make run        install what is missing (where it may), build, run the study;"
+	@echo "                NP=ranks, ARGS='options of fovea'"
+	@echo "make test       the whole test suite; tests/run NAME... runs some of it"
+	@echo "make info       what was found, what was not and what that turns off"
+	@echo "make bench      speed: matrix products, steps per second, the whole study"
+	@echo "make soak       long runs that are killed and started again"
+	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"
+	@echo "make sanitize   unit tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make clean      remove what was built"

@@ -1,0 +1,40 @@
+#include "run/hdf5_lock.h"
+
+#include <hdf5.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+static pthread_mutex_t hdf5_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+void fv_hdf5_lock(void) {
+    pthread_mutex_lock(&hdf5_mutex); /* cannot fail: an ordinary mutex, never taken twice */
+    H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
+}
+
+void fv_hdf5_unlock(void) {
+    pthread_mutex_unlock(&hdf5_mutex);
+}
+
+static herr_t copy_reason(unsigned n, const H5E_error2_t *entry, void *out) {
+    (void)n;
+    *(const char **)out = entry->desc;
+    return 0;
+}
+
+void fv_hdf5_reason(char *out, size_t size) {
+    const char *reason = NULL;
+    H5Ewalk2(H5E_DEFAULT, H5E_WALK_DOWNWARD, copy_reason, &reason); /* the last call is innermost */
+    if (!reason || !*reason) {
+        snprintf(out, size, "unknown reason");
+        return;
+    }
+    /* system errors read "file write failed: time = ..., error message = 'No space ...', buf = 0x" */
+    const char *mark = "error message = '", *start = strstr(reason, mark);
+    if (start) {
+        start += strlen(mark);
+        snprintf(out, size, "%.*s", (int)strcspn(start, "'"), start);
+    } else {
+        snprintf(out, size, "%.*s", (int)strcspn(reason, "\n"), reason);
+    }
+}

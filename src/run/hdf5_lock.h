@@ -1,0 +1,15 @@
+/* The serial HDF5 library is not thread-safe: every call of it stands between these two. */
+#ifndef FV_RUN_HDF5_LOCK_H
+#define FV_RUN_HDF5_LOCK_H
+
+#include <stddef.h>
+
+/* Waits for the process-wide lock, and keeps HDF5 from printing its error stack. Not recursive. */
+void fv_hdf5_lock(void);
+void fv_hdf5_unlock(void);
+
+/* With the lock held, right after a call that failed: HDF5's innermost reason, one line, such as
+ * "No space left on device"; "unknown reason" when there is none. */
+void fv_hdf5_reason(char *out, size_t size);
+
+#endif

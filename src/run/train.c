@@ -1,0 +1,425 @@
+#include "run/train.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/memory.h"
+#include "run/checkpoint.h"
+#include "run/evaluate.h"
+#include "run/files.h"
+
+static const double history_seconds = 4; /* between rewrites of a job's history file */
+static const double report_seconds = 0.25;
+
+typedef struct FvTrainer {
+    const FvRun *run;
+    size_t slot, job;
+    const FvConfig *config;
+    uint64_t seed;
+    FvData *data;
+    FvBackend *be;
+    FvModelConfig c;
+    FvModel *model;
+    FvEvaluator *evaluator;
+    FvLoader *loader;
+    FvCheckpointer *checkpointer;
+    FvHistory history; /* filled on the root */
+    FvJobInfo info;
+    char folder[FV_PATH], history_path[FV_PATH];
+    uint64_t step; /* steps done */
+    /* rows that an earlier start has already shown: a restart from an older checkpoint computes
+     * them again, and what was shown must not shrink meanwhile */
+    size_t shown_steps, shown_evals, shown_maps;
+    double last_history, last_checkpoint, last_report, started;
+    uint64_t first_step, checkpoint_step;
+} FvTrainer;
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static bool is_root(const FvTrainer *t) {
+    return t->run->group->rank == 0;
+}
+
+/* Rows at step 0, at every multiple and at the end. */
+static size_t rows_over(size_t steps, size_t every) {
+    return 1 + steps / every + (steps % every != 0);
+}
+
+size_t fv_eval_count(const FvConfig *c) {
+    return rows_over(c->steps, c->eval_every);
+}
+
+size_t fv_map_count(const FvConfig *c) {
+    return c->map_clips && c->vision ? rows_over(c->steps, c->map_every) : 0;
+}
+
+/* --- what is told --------------------------------------------------------------------------- */
+
+/* Means over the last steps, so that the line is calm. */
+static double recent(const FvHistory *h, int series) {
+    size_t n = h->steps < 50 ? h->steps : 50;
+    double sum = 0;
+    for (size_t i = h->steps - n; i < h->steps; i++)
+        sum += h->series[series][i];
+    return n ? sum / (double)n : 0;
+}
+
+static void report(FvTrainer *t, const char *text) {
+    if (!is_root(t))
+        return;
+    double seconds = now() - t->started;
+    FvProgress p = {.job = t->job,
+                    .state = t->info.state,
+                    .step = t->step,
+                    .steps = t->config->steps,
+                    .loss_fine = recent(&t->history, FV_SERIES_loss_fine),
+                    .loss_coarse = recent(&t->history, FV_SERIES_loss_coarse),
+                    .ratio = recent(&t->history, FV_SERIES_ratio)};
+    p.rate = seconds > 0 ? (double)(t->step - t->first_step) / seconds : 0;
+    snprintf(p.text, sizeof p.text, "%s", text);
+    fv_coordinator_report(t->run->coordinator, &p);
+    t->last_report = now();
+}
+
+/* --- files ---------------------------------------------------------------------------------- */
+
+static FvStatus save_history(FvTrainer *t, FvError *err) {
+    const FvHistory *h = &t->history;
+    t->last_history = now();
+    if (!is_root(t) || h->steps < t->shown_steps || h->evals < t->shown_evals ||
+        h->maps < t->shown_maps)
+        return FV_OK;
+    return fv_history_save(t->history_path, h, &t->info, err);
+}
+
+static FvStatus save_checkpoint(FvTrainer *t, FvError *err) {
+    double start = now();
+    t->last_checkpoint = start;
+    t->checkpoint_step = t->step;
+    if (!is_root(t))
+        return FV_OK;
+    FV_TRY(fv_checkpoint_save(t->checkpointer, &t->history, t->step, &t->info.checkpoint_bytes,
+                              err));
+    t->info.checkpoint_seconds_last = now() - start;
+    return FV_OK;
+}
+
+/* Everything that decides a job's results, as text: a checkpoint of anything else is not ours. */
+static void describe(const FvTrainer *t, char *out, size_t size) {
+    size_t used = (size_t)snprintf(out, size, "seed=%" PRIu64 ";data=%s", t->seed,
+                                   fv_data_info(t->data)->sha256);
+    for (const FvKey *k = fv_config_keys(); k->name && used < size; k++) {
+        char value[FV_TEXT];
+        if (strncmp(k->name, "checkpoint_", 11) == 0)
+            continue;
+        fv_config_format(t->config, k, value, sizeof value);
+        used += (size_t)snprintf(out + used, size - used, ";%s=%s", k->name, value);
+    }
+}
+
+/* Rows that the history file shows beyond the checkpoint: their times stay, the rest is computed
+ * again to the same bits. */
+static FvStatus respect_shown(FvTrainer *t, FvError *err) {
+    FvHistory shown;
+    FvJobInfo info;
+    bool found = false;
+    FV_TRY(fv_history_load(t->history_path, &shown, &info, &found, err));
+    if (!found)
+        return FV_OK;
+    t->info.seconds = info.seconds;
+    t->info.restarts = info.restarts + 1;
+    t->shown_steps = shown.steps;
+    t->shown_evals = shown.evals;
+    t->shown_maps = shown.maps;
+    size_t done = t->history.steps;
+    if (shown.steps > done && shown.steps <= t->history.capacity_steps)
+        memcpy(t->history.series[FV_SERIES_step_seconds] + done,
+               shown.series[FV_SERIES_step_seconds] + done, (shown.steps - done) * sizeof(double));
+    fv_history_free(&shown);
+    return FV_OK;
+}
+
+static FvStatus restore(FvTrainer *t, FvError *err) {
+    char note[512] = "";
+    if (is_root(t)) {
+        FV_TRY(fv_make_folder(t->folder, err));
+        FV_TRY(fv_checkpoint_load(t->checkpointer, &t->history, &t->step, note, sizeof note, err));
+        FV_TRY(respect_shown(t, err));
+        if (note[0])
+            report(t, note);
+    }
+    return FV_OK;
+}
+
+/* The root's state becomes everyone's. */
+static FvStatus share(FvTrainer *t, FvError *err) {
+    const FvGroup *g = t->run->group;
+    FvParams *p = fv_model_params(t->model);
+    FV_TRY(fv_group_broadcast(g, t->slot, &t->step, sizeof t->step, err));
+    FV_TRY(fv_group_broadcast(g, t->slot, p->w, p->memory * sizeof(real), err));
+    FV_TRY(fv_group_broadcast(g, t->slot, p->m, p->trained_memory * sizeof(real), err));
+    return fv_group_broadcast(g, t->slot, p->v, p->trained_memory * sizeof(real), err);
+}
+
+/* --- one step ------------------------------------------------------------------------------- */
+
+static double learning_rate(const FvConfig *c, uint64_t step) {
+    if (step < c->warmup_steps)
+        return c->lr * (double)(step + 1) / (double)c->warmup_steps;
+    if (strcmp(c->schedule, "cosine") == 0) {
+        const double pi = 3.141592653589793;
+        double part = (double)(step - c->warmup_steps) / (double)(c->steps - c->warmup_steps);
+        return 0.5 * c->lr * (1 + cos(pi * part));
+    }
+    return c->lr;
+}
+
+/* Means over all clips of the step, the same on every rank. */
+typedef struct FvStepMeans {
+    double loss_fine, loss_coarse, cosine, entropy_fine, entropy_coarse, hinge;
+    double stop; /* share of the ranks that were asked to stop */
+} FvStepMeans;
+
+static double mean(const double *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += x[i];
+    return sum / (double)n;
+}
+
+static FvStatus average(FvTrainer *t, const FvMeasures *m, FvStepMeans *out, FvError *err) {
+    size_t frames = t->c.clips * t->c.frames;
+    double means[] = {mean(m->loss[FV_FINE], frames),    mean(m->loss[FV_COARSE], frames),
+                      mean(m->cosine, frames),           mean(m->entropy[FV_FINE], frames),
+                      mean(m->entropy[FV_COARSE], frames), mean(m->hinge, t->c.clips),
+                      *t->run->stop ? 1.0 : 0.0};
+    size_t n = sizeof means / sizeof *means;
+    FV_TRY(fv_group_sum(t->run->group, t->slot, means, n, err));
+    for (size_t i = 0; i < n; i++)
+        means[i] /= (double)t->run->group->size;
+    *out = (FvStepMeans){means[0], means[1], means[2], means[3], means[4], means[5], means[6]};
+    return FV_OK;
+}
+
+static double total_loss(const FvModelConfig *c, const FvStepMeans *m) {
+    double total = m->loss_fine + c->lambda_coarse * m->loss_coarse;
+    if (c->contrastive != 0)
+        total += c->contrastive * m->cosine;
+    if (c->entropy_margin > 0)
+        total += 0.1 * m->hinge;
+    return total;
+}
+
+/* Says which tensor went bad first, on the first rank that sees one, and in which clips. */
+static FvStatus fail_not_finite(FvTrainer *t, const FvBatch *batch, FvError *err) {
+    enum { TEXT = 256 };
+    const FvGroup *g = t->run->group;
+    char mine[TEXT] = "", tensor[160];
+    fv_model_first_bad(t->model, tensor, sizeof tensor);
+    int used = snprintf(mine, sizeof mine, "%s; clips", tensor[0] ? tensor : "the loss");
+    for (size_t b = 0; b < batch->clips && used > 0 && used < TEXT; b++)
+        used += snprintf(mine + used, (size_t)(TEXT - used), " %" PRIu32, batch->clip[b]);
+    char *all = calloc(g->size, TEXT);
+    if (!all)
+        return FV_FAIL(err, FV_DEVICE, "out of memory");
+    FvStatus status = fv_group_gather(g, t->slot, mine, TEXT, all, err);
+    size_t rank = 0;
+    for (size_t r = g->size; is_root(t) && r-- > 0;)
+        if (strncmp(all + r * TEXT, "the loss", 8) != 0)
+            rank = r;
+    if (status == FV_OK)
+        status = FV_FAIL(err, FV_JOB, "step %" PRIu64 ": not finite: %s (rank %zu of the group)",
+                         t->step + 1, is_root(t) ? all + rank * TEXT : mine, rank);
+    free(all);
+    return status;
+}
+
+static void record(FvTrainer *t, const FvStepMeans *m, double norm, double lr, double seconds) {
+    FvHistory *h = &t->history;
+    size_t i = h->steps++;
+    h->series[FV_SERIES_loss_fine][i] = m->loss_fine;
+    h->series[FV_SERIES_loss_coarse][i] = m->loss_coarse;
+    h->series[FV_SERIES_loss_total][i] = total_loss(&t->c, m);
+    h->series[FV_SERIES_ratio][i] = m->loss_fine / m->loss_coarse;
+    h->series[FV_SERIES_feature_sim][i] = m->cosine;
+    h->series[FV_SERIES_entropy_fine][i] = m->entropy_fine;
+    h->series[FV_SERIES_entropy_coarse][i] = m->entropy_coarse;
+    h->series[FV_SERIES_grad_norm][i] = norm;
+    h->series[FV_SERIES_lr][i] = lr;
+    if (i >= t->shown_steps)
+        h->series[FV_SERIES_step_seconds][i] = seconds;
+}
+
+/* The training step. */
+static FvStatus train_step(FvTrainer *t, bool *stop, FvError *err) {
+    double start = now();
+    const FvBatch *batch;
+    FvModel *m = t->model;
+    FvParams *params = fv_model_params(m);
+    FvMeasures measures;
+    FvStepMeans means;
+
+    FV_TRY(fv_loader_next(t->loader, &batch, err));
+    fv_model_load(m, batch);
+    fv_model_encode(m);
+    fv_model_coarse(m);
+    fv_model_fine(m);
+    fv_model_backward(m);
+    FV_TRY(fv_group_average(t->run->group, t->slot, params->g, params->trained_memory, err));
+    fv_model_norm(m);
+    FV_TRY(fv_model_measure(m, &measures, err));
+    FV_TRY(average(t, &measures, &means, err));
+    if (!isfinite(total_loss(&t->c, &means)) || !isfinite(measures.norm))
+        return fail_not_finite(t, batch, err);
+    FvAdamW adamw = {.lr = learning_rate(t->config, t->step),
+                     .beta1 = t->config->beta1,
+                     .beta2 = t->config->beta2,
+                     .eps = t->config->adam_eps,
+                     .weight_decay = t->config->weight_decay,
+                     .clip_norm = t->config->clip_norm,
+                     .step = t->step + 1};
+    fv_model_update(m, &adamw);
+    record(t, &means, measures.norm, adamw.lr, now() - start);
+    t->step++;
+    *stop = means.stop > 0;
+    return FV_OK;
+}
+
+/* --- the job -------------------------------------------------------------------------------- */
+
+static bool due(const FvTrainer *t, size_t every) {
+    return t->step % every == 0 || t->step == t->config->steps;
+}
+
+static FvStatus measure_if_due(FvTrainer *t, FvError *err) {
+    if (due(t, t->config->eval_every))
+        FV_TRY(fv_evaluate(t->evaluator, &t->history, t->step, err));
+    if (due(t, t->config->map_every))
+        FV_TRY(fv_map(t->evaluator, &t->history, t->step, err));
+    return FV_OK;
+}
+
+static FvStatus train_loop(FvTrainer *t, FvError *err) {
+    bool stop = false;
+    if (t->step == 0 && t->history.evals == 0)
+        FV_TRY(measure_if_due(t, err));
+    while (t->step < t->config->steps && !stop) {
+        FV_TRY(train_step(t, &stop, err));
+        FV_TRY(measure_if_due(t, err));
+        bool checkpoint = t->step - t->checkpoint_step >= t->config->checkpoint_steps ||
+                          now() - t->last_checkpoint >= t->config->checkpoint_seconds;
+        if (checkpoint || stop || t->step == t->config->steps)
+            FV_TRY(save_checkpoint(t, err));
+        if (checkpoint || now() - t->last_history >= history_seconds)
+            FV_TRY(save_history(t, err));
+        if (now() - t->last_report >= report_seconds)
+            report(t, "");
+    }
+    return stop && t->step < t->config->steps
+               ? FV_FAIL(err, FV_STOPPED, "stopped after step %" PRIu64, t->step)
+               : FV_OK;
+}
+
+static FvStatus create(FvTrainer *t, FvError *err) {
+    const FvRun *run = t->run;
+    const FvDataInfo *data = fv_data_info(t->data);
+    size_t max_text = strcmp(t->config->text, "captions") == 0 ? data->max_tokens : 1;
+    FV_TRY(fv_config_model(t->config, run->group->size, max_text, &t->c, err));
+    FV_TRY(fv_cpu_backend_create(run->threads, &t->be, err));
+    FV_TRY(fv_model_create(&t->c, t->be, &t->model, err));
+    FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),
+                             data->count[FV_HELD_OUT], t->c.frames, t->config->map_clips,
+                             fv_grid(&t->c), &t->history, err));
+    FV_TRY(fv_evaluator_create(t->model, t->data, &t->c, run->group, t->slot,
+                               t->config->map_clips, &t->evaluator, err));
+    char study[8192];
+    describe(t, study, sizeof study);
+    FV_TRY(fv_checkpointer_create(t->folder, study, t->model, t->be, &t->checkpointer, err));
+    const FvParams *params = fv_model_params(t->model);
+    t->info.parameters = params->total;
+    t->info.trained = params->trained;
+    t->info.ranks = run->group->size;
+    snprintf(t->info.device, sizeof t->info.device, "%s", t->be->description);
+    return FV_OK;
+}
+
+static FvStatus begin(FvTrainer *t, FvError *err) {
+    const FvRun *run = t->run;
+    FV_TRY(fv_params_init(fv_model_params(t->model), t->be, t->seed, err));
+    if (t->config->init_from[0]) {
+        size_t count;
+        FV_TRY(fv_weights_load(t->config->init_from, t->model, t->be, &count, err));
+    }
+    FV_TRY(restore(t, err));
+    FV_TRY(share(t, err));
+    FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,
+                           t->c.max_text, t->step, &t->loader, err));
+    t->first_step = t->checkpoint_step = t->step;
+    t->started = t->last_checkpoint = t->last_history = now();
+    t->info.state = FV_JOB_RUNNING;
+    char text[64] = "";
+    if (t->step > 0)
+        snprintf(text, sizeof text, "goes on after step %" PRIu64, t->step);
+    report(t, text);
+    return FV_OK;
+}
+
+/* Records how the job ended; the job's own failure comes before a failure to record it. */
+static FvStatus end(FvTrainer *t, FvStatus status, FvError *err) {
+    FvError second;
+    t->info.state = status == FV_OK        ? FV_JOB_FINISHED
+                    : status == FV_STOPPED ? FV_JOB_STOPPED
+                                           : FV_JOB_FAILED;
+    t->info.seconds += now() - t->started;
+    if (status != FV_OK && status != FV_STOPPED)
+        snprintf(t->info.why, sizeof t->info.why, "%s", err->text);
+    if (is_root(t) && t->checkpointer && status == FV_OK)
+        status = fv_checkpoint_save_model(t->checkpointer, err);
+    if (t->history.block && save_history(t, &second) != FV_OK && status == FV_OK) {
+        *err = second;
+        status = second.status;
+    }
+    if (status != FV_OK && t->info.state == FV_JOB_FINISHED)
+        t->info.state = FV_JOB_FAILED;
+    report(t, t->info.why);
+    return status;
+}
+
+static void destroy(FvTrainer *t) {
+    fv_loader_stop(t->loader);
+    fv_evaluator_destroy(t->evaluator);
+    fv_checkpointer_destroy(t->checkpointer);
+    fv_history_free(&t->history);
+    fv_model_destroy(t->model);
+    fv_cpu_backend_destroy(t->be);
+}
+
+FvStatus fv_train(const FvRun *run, size_t slot, size_t job, FvError *err) {
+    size_t experiment = job / run->study->seed_count;
+    FvTrainer t = {.run = run,
+                   .slot = slot,
+                   .job = job,
+                   .config = &run->study->experiments[experiment].config,
+                   .seed = run->study->seeds[job % run->study->seed_count],
+                   .data = run->data[experiment],
+                   .started = now()};
+    fv_job_folder(run->out, run->study, job, t.folder, sizeof t.folder);
+    snprintf(t.history_path, sizeof t.history_path, "%.*s/history.safetensors", FV_PATH - 64,
+             t.folder);
+    FvStatus status = create(&t, err);
+    if (status == FV_OK)
+        status = begin(&t, err);
+    if (status == FV_OK)
+        status = train_loop(&t, err);
+    status = end(&t, status, err);
+    destroy(&t);
+    return status;
+}
