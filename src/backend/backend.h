@@ -194,6 +194,13 @@ struct FvBackend {
 FvStatus fv_cpu_backend_create(size_t threads, FvBackend **out, FvError *err);
 void fv_cpu_backend_destroy(FvBackend *);
 
+/* OpenBLAS before 0.3.24 does not know newer processors and falls back to AVX2 kernels at half the
+ * speed. Name of the kernels (OPENBLAS_CORETYPE, read when the library is loaded) that suit this
+ * processor better than those in use, NULL when there are none. */
+const char *fv_cpu_better_blas_core(void);
+/* Name, version and options of the BLAS in use. */
+const char *fv_cpu_blas_name(void);
+
 /* Workspace of the CPU operations: grown on first use of a larger shape, so that steps after the
  * first allocate nothing. Bytes now held. */
 size_t fv_cpu_workspace_bytes(const FvBackend *);

@@ -175,6 +175,16 @@ FvStatus fv_model_plan(const FvModelConfig *config, FvModelMemory *memory, size_
     return FV_OK;
 }
 
+FvStatus fv_model_declare(const FvModelConfig *config, FvParams *out, FvError *err) {
+    FvModel *m;
+    FvModelMemory memory;
+    FV_TRY(prepare(config, &m, &memory, err));
+    *out = m->params;
+    m->params = (FvParams){0};
+    fv_model_destroy(m);
+    return FV_OK;
+}
+
 static void upload_rows(FvModel *m, int32_t *to, size_t i, size_t row) {
     int32_t value = (int32_t)row;
     m->be->ops->upload(m->be, to + i, &value, sizeof value);

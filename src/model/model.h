@@ -26,6 +26,9 @@ typedef struct FvModelMemory { /* bytes */
 FvStatus fv_model_plan(const FvModelConfig *, FvModelMemory *, size_t *parameters, size_t *trained,
                        FvError *);
 
+/* The parameter table alone, for listing; fv_params_free it. */
+FvStatus fv_model_declare(const FvModelConfig *, FvParams *out, FvError *);
+
 /* Three allocations: weights; gradients and moments; activations. Nothing is allocated later. */
 FvStatus fv_model_create(const FvModelConfig *, FvBackend *, FvModel **out, FvError *);
 void fv_model_destroy(FvModel *);

@@ -85,15 +85,18 @@ _Noreturn void fv_world_abort(FvStatus status) {
     _exit((int)status);
 }
 
-FvStatus fv_world_agree(FvStatus status) {
-    int code = (int)status;
-    if (MPI_Bcast(&code, 1, MPI_INT, 0, MPI_COMM_WORLD) != MPI_SUCCESS)
+FvStatus fv_world_agree(const FvWorld *world, FvStatus mine, bool *speaker) {
+    int rank = mine == FV_OK ? (int)world->size : (int)world->rank, lowest = rank;
+    int code = (int)mine;
+    *speaker = false;
+    if (MPI_Allreduce(&rank, &lowest, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD) != MPI_SUCCESS)
+        return FV_DEVICE;
+    if (lowest == (int)world->size)
+        return FV_OK;
+    *speaker = lowest == (int)world->rank;
+    if (MPI_Bcast(&code, 1, MPI_INT, lowest, MPI_COMM_WORLD) != MPI_SUCCESS)
         return FV_DEVICE;
     return (FvStatus)code;
-}
-
-void fv_world_broadcast(void *data, size_t bytes) {
-    MPI_Bcast(data, (int)bytes, MPI_BYTE, 0, MPI_COMM_WORLD);
 }
 
 void fv_world_gather(const void *mine, size_t bytes, void *all) {

@@ -26,9 +26,9 @@ void fv_world_end(void);
 /* Ends every rank at once; for main() and its watchdogs. */
 _Noreturn void fv_world_abort(FvStatus);
 
-/* Rank 0's failure is everyone's: all ranks return what rank 0 passes in. */
-FvStatus fv_world_agree(FvStatus status);
-void fv_world_broadcast(void *data, size_t bytes);
+/* One rank's failure is everyone's: all ranks return the status of the lowest rank that failed,
+ * and *speaker tells whether that is this rank, whose error is the one to print. */
+FvStatus fv_world_agree(const FvWorld *, FvStatus mine, bool *speaker);
 /* Rank 0 receives every rank's `bytes` in rank order in `all` (size * bytes); others pass NULL. */
 void fv_world_gather(const void *mine, size_t bytes, void *all);
 /* The same among the ranks of this host, received by all of them. */

@@ -231,12 +231,14 @@ void fv_coordinator_report(FvCoordinator *c, const FvProgress *progress) {
 }
 
 static FvStatus study_status(const FvCoordinator *c) {
-    bool failed = false, stopped = *c->c.stop != 0;
+    bool failed = false, open = false;
     for (size_t j = 0; j < c->jobs; j++) {
+        if (c->c.wanted && !c->c.wanted[j])
+            continue;
         failed = failed || c->state[j] == FV_JOB_FAILED;
-        stopped = stopped || c->state[j] == FV_JOB_STOPPED;
+        open = open || c->state[j] == FV_JOB_STOPPED || c->state[j] == FV_JOB_WAITING;
     }
-    return stopped ? FV_STOPPED : failed ? FV_JOB : FV_OK;
+    return open && *c->c.stop ? FV_STOPPED : failed ? FV_JOB : FV_OK;
 }
 
 FvStatus fv_coordinator_finish(FvCoordinator *c, FvError *err) {

@@ -14,8 +14,6 @@
 #include "run/sha256.h"
 
 enum {
-    CAPTION = 64,            /* bytes that fv_clip_draw's captions fit in */
-    CAPTION_TOKENS = 28,     /* longest caption: "purple triangle moving right" */
     KEEP_BYTES = 1024 * 1024 * 1024, /* sets up to this size are held in memory */
     MAX_WORKERS = 8
 };
@@ -58,7 +56,7 @@ static void draw(const FvData *d, size_t number, uint8_t *pixels, char *caption)
     bool held_out = number >= d->info.count[FV_TRAIN];
     uint32_t index = (uint32_t)(held_out ? number - d->info.count[FV_TRAIN] : number);
     fv_clip_draw(d->seed, held_out ? FV_HELD_OUT : FV_TRAIN, index, d->info.frames, d->info.size,
-                 pixels, NULL, caption, caption ? CAPTION : 0);
+                 pixels, NULL, caption, caption ? FV_CAPTION_TOKENS + 1 : 0);
 }
 
 static FvStatus read_pixels(const FvData *d, size_t number, uint8_t *pixels, FvError *err) {
@@ -130,11 +128,11 @@ static void add_sums(const real *blocks, size_t count, double *sums) {
 static FvStatus work_on(Work *w, size_t number, uint8_t *pixels, real *blocks, FvError *err) {
     FvData *d = w->data;
     if (d->procedural && (d->pixels || d->captions)) {
-        char caption[CAPTION] = "";
+        char caption[FV_CAPTION_TOKENS + 1] = "";
         uint8_t *to = d->pixels ? d->pixels + number * clip_pixels(d) : pixels;
         draw(d, number, to, caption);
-        for (size_t i = 0; d->captions && caption[i] && i < CAPTION_TOKENS; i++) {
-            d->tokens[number * CAPTION_TOKENS + i] = (unsigned char)caption[i];
+        for (size_t i = 0; d->captions && caption[i]; i++) {
+            d->tokens[number * FV_CAPTION_TOKENS + i] = (unsigned char)caption[i];
             d->token_count[number]++;
         }
     }
@@ -239,7 +237,7 @@ static FvStatus describe(FvData *d, const FvConfig *config, FvError *err) {
         d->info.count[FV_TRAIN] = config->clips_train;
         d->info.count[FV_HELD_OUT] = config->clips_held_out;
         d->clips = fv_add(config->clips_train, config->clips_held_out);
-        d->info.max_tokens = d->captions ? CAPTION_TOKENS : 0;
+        d->info.max_tokens = d->captions ? FV_CAPTION_TOKENS : 0;
     } else {
         FV_TRY(fv_clipfile_open(config, &d->file, err));
         d->clips = d->file.clips;
@@ -298,7 +296,7 @@ static FvStatus allocate(FvData *d, FvError *err) {
         ok = ok && d->latents;
     }
     if (d->captions) {
-        d->tokens = calloc(fv_mul(d->clips, d->info.max_tokens), sizeof *d->tokens);
+        d->tokens = calloc(d->clips, d->info.max_tokens * sizeof *d->tokens);
         d->token_count = calloc(d->clips, sizeof *d->token_count);
         ok = ok && d->tokens && d->token_count;
     }

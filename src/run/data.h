@@ -69,6 +69,8 @@ void fv_loader_stop(FvLoader *);
 
 /* --- procedural clips (clips.c) ------------------------------------------------------------- */
 
+enum { FV_CAPTION_TOKENS = 28 }; /* bytes of the longest caption, "purple triangle moving right" */
+
 /* Draws clip `index` of a split: pixels [frames, size, size, 3]; masks [frames, size, size] or
  * NULL: which object (1, 2, ...) covers the pixel, 0 the background; caption naming one object.
  * Integer arithmetic only: the same bytes on every machine. */

@@ -38,3 +38,9 @@ void fv_hdf5_reason(char *out, size_t size) {
         snprintf(out, size, "%.*s", (int)strcspn(reason, "\n"), reason);
     }
 }
+
+void fv_hdf5_version(char *out, size_t size) {
+    unsigned major = 0, minor = 0, release = 0;
+    H5get_libversion(&major, &minor, &release);
+    snprintf(out, size, "%u.%u.%u", major, minor, release);
+}

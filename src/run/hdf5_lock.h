@@ -8,6 +8,9 @@
 void fv_hdf5_lock(void);
 void fv_hdf5_unlock(void);
 
+/* "1.10.8" */
+void fv_hdf5_version(char *out, size_t size);
+
 /* With the lock held, right after a call that failed: HDF5's innermost reason, one line, such as
  * "No space left on device"; "unknown reason" when there is none. */
 void fv_hdf5_reason(char *out, size_t size);

@@ -1,7 +1,11 @@
 /* results.h5: the whole study as one closed, self-contained HDF5 file, rewritten under a temporary
- * name and renamed, so that a reader sees a valid file at any moment. */
+ * name and renamed, so that a reader sees a valid file at any moment. docs/results.md describes
+ * its contents. */
 #ifndef FV_RUN_RESULTS_H
 #define FV_RUN_RESULTS_H
+
+#include <stdbool.h>
+#include <stdint.h>
 
 #include "base/status.h"
 #include "run/config.h"
@@ -22,9 +26,10 @@ typedef struct FvJobRecord { /* experiment e, seed s stands at e * seed_count + 
     bool present; /* false: waiting, history is empty and has no capacity */
 } FvJobRecord;
 
-/* Writes OUT/results.h5. pixels: the frames of the clips with maps, per data set of the study:
- * every experiment's `map_pixels[e]` is [map_clips, frames, size, size, 3] or NULL (no maps);
- * experiments that share the pointer share the dataset in the file (hard link). */
+/* Writes OUT/results.h5; FV_IO leaves an earlier one as it was. pixels: the frames of the clips
+ * with maps, per data set of the study: every experiment's `map_pixels[e]` is [map_clips, frames,
+ * size, size, 3] or NULL (no maps); experiments that share the pointer share the dataset in the
+ * file (hard link). data[e] may be NULL while the data is not known; pixels need it. */
 FvStatus fv_results_write(const char *out_dir, const FvStudy *, const FvJobRecord *records,
                           const uint8_t *const *map_pixels, const FvDataInfo *const *data,
                           const FvProvenance *, FvError *err);

@@ -1,0 +1,155 @@
+/* fovea: trains a small foveated video model under a table of ablations.
+ *
+ * main() chooses the command, catches signals, turns a status into one line and an exit code; the
+ * study itself starts in run/execute.c, a training step is train_step() in run/train.c. */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "backend/backend.h"
+#include "run/config.h"
+#include "run/execute.h"
+#include "run/files.h"
+#include "run/hdf5_lock.h"
+#include "run/info.h"
+#include "run/prepare.h"
+#include "run/processor.h"
+#include "run/ranking.h"
+#include "revision.h"
+
+/* The one piece of global state: set by a signal, read at step boundaries. */
+static volatile sig_atomic_t stop_asked;
+
+static void ask_stop(int signal_number) {
+    (void)signal_number;
+    stop_asked = 1;
+}
+
+static void catch_signals(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = ask_stop;
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGUSR1, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    action.sa_flags = SA_RESTART | (int)SA_RESETHAND; /* a second Ctrl-C ends at once */
+    sigaction(SIGINT, &action, NULL);
+}
+
+static void print_help(void) {
+    printf("usage: fovea [STUDY.yaml] [key=value ...] [NAME.key=value ...] [options]\n"
+           "       mpirun -np N fovea ...   N ranks share the study's jobs\n"
+           "       fovea prepare VIDEOS... -o clips.h5   makes a data file of videos\n"
+           "       fovea info STUDY.yaml [FILE] | FILE   lists parameters and what FILE would set\n"
+           "       fovea status OUT                      how a study stands\n\n"
+           "Without STUDY: configs/ablations.yaml, the seven ablations. Running the same command\n"
+           "again goes on where it stopped.\n\noptions:\n");
+    fv_options_print_help();
+    printf("\nconfiguration keys:\n");
+    fv_config_print_help();
+    printf("\nexit status: 0 done, 2 usage or configuration, 3 data or weights, 4 a job failed,\n"
+           "5 device, memory or MPI, 6 results or checkpoint, 75 stopped after a signal\n");
+}
+
+static void print_version(void) {
+    char mpi[128], hdf5[32];
+    fv_mpi_version(mpi, sizeof mpi);
+    fv_hdf5_version(hdf5, sizeof hdf5);
+    printf("fovea %s\n%s\nHDF5 %s\n%s\n", FV_REVISION, mpi, hdf5, fv_cpu_blas_name());
+}
+
+static void complain(const FvError *err) {
+    fprintf(stderr, "fovea: %s\n", err->text);
+    if (getenv("FOVEA_TRACE") && err->file)
+        fprintf(stderr, "fovea: at %s:%d\n", err->file, err->line);
+}
+
+/* configs/ablations.yaml of this folder, else of the program's. */
+static const char *default_study(char *out, size_t size) {
+    static const char file[] = "configs/ablations.yaml";
+    char program[FV_PATH];
+    snprintf(out, size, "%s", file);
+    if (access(out, R_OK) == 0)
+        return out;
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    char *slash = n > 0 ? (program[n] = '\0', strrchr(program, '/')) : NULL;
+    if (slash)
+        snprintf(out, size, "%.*s/%s", (int)(slash - program), program, file);
+    return out;
+}
+
+static char *join(int argc, char **argv) {
+    size_t room = 1;
+    for (int i = 0; i < argc; i++)
+        room += strlen(argv[i]) + 1;
+    char *line = calloc(room, 1);
+    for (int i = 0; line && i < argc; i++) {
+        strcat(line, i ? " " : "");
+        strcat(line, argv[i]);
+    }
+    return line;
+}
+
+static FvStatus run_study(int argc, char **argv, const FvOptions *options, FvError *err) {
+    char path[FV_PATH];
+    FvInvocation in = {.options = *options, .revision = FV_REVISION, .stop = &stop_asked};
+    FvStatus status = fv_world_start(&argc, &argv, &in.world, err);
+    if (status != FV_OK) {
+        complain(err);
+        fv_world_abort(status);
+    }
+    char *line = join(argc, argv);
+    in.command_line = line ? line : argv[0];
+    in.study_path = options->study ? options->study : default_study(path, sizeof path);
+    catch_signals();
+    bool speaker = false, abort = false;
+    status = fv_execute(&in, &speaker, &abort, err);
+    if (status != FV_OK && speaker)
+        complain(err);
+    if (abort)
+        fv_world_abort(status);
+    free(line);
+    fv_world_end();
+    return status;
+}
+
+/* Commands that need no ranks. */
+static FvStatus run_command(int argc, char **argv, FvError *err) {
+    if (strcmp(argv[1], "prepare") == 0)
+        return fv_prepare(argc - 1, argv + 1, err);
+    if (strcmp(argv[1], "info") == 0)
+        return fv_info(argc - 1, argv + 1, err);
+    if (argc != 3)
+        return FV_FAIL(err, FV_USAGE, "usage: fovea status OUT");
+    return fv_print_status(argv[2], err);
+}
+
+int main(int argc, char **argv) {
+    static const char *const commands[] = {"prepare", "info", "status"};
+    FvError err = {0};
+    FvStatus status;
+    fv_settle_blas(argv);
+    for (size_t i = 0; argc > 1 && i < sizeof commands / sizeof *commands; i++) {
+        if (strcmp(argv[1], commands[i]) != 0)
+            continue;
+        status = run_command(argc, argv, &err);
+        if (status != FV_OK)
+            complain(&err);
+        return (int)status;
+    }
+    FvOptions options;
+    status = fv_options_parse(argc, argv, &options, &err);
+    if (status != FV_OK) {
+        complain(&err);
+    } else if (options.help) {
+        print_help();
+    } else if (options.version) {
+        print_version();
+    } else {
+        status = run_study(argc, argv, &options, &err);
+    }
+    fv_options_free(&options);
+    return (int)status;
+}

@@ -1,0 +1,37 @@
+/* Writing a clips.h5. It grows under a temporary name; only a finished file gets its own. */
+#ifndef FV_RUN_CLIPWRITER_H
+#define FV_RUN_CLIPWRITER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+
+typedef struct FvClipWriter FvClipWriter;
+
+typedef struct FvClipSpec {
+    size_t frames, size;  /* of every clip: T, and S pixels per side */
+    size_t stride;        /* frames of the video per frame of the clip; an attribute */
+    size_t max_tokens;    /* room for a caption's tokens; 0: no captions */
+    uint64_t seed;        /* of the split or the drawing; an attribute */
+    const char *crop;     /* "center", "none"; an attribute */
+    const char *made_from; /* "videos", "procedural"; an attribute */
+} FvClipSpec;
+
+/* Creates `path`.tmp-PID. FV_IO with the reason when that cannot be. */
+FvStatus fv_clipwriter_create(const char *path, const FvClipSpec *, FvClipWriter **out,
+                              FvError *err);
+
+/* Appends one clip: pixels [frames, size, size, 3]; source and caption are copied. The caption's
+ * bytes are its tokens; NULL or a spec without tokens writes none. */
+FvStatus fv_clipwriter_add(FvClipWriter *, const uint8_t *pixels, const char *source,
+                           const char *caption, FvError *err);
+
+/* Writes split [clips] (0 training, 1 held-out) and what describes the clips, syncs and renames.
+ * The writer is gone afterwards, and on failure the temporary file too. */
+FvStatus fv_clipwriter_finish(FvClipWriter *, const uint8_t *split, FvError *err);
+
+/* Ends without a file under `path`. NULL is allowed. */
+void fv_clipwriter_abandon(FvClipWriter *);
+
+#endif

@@ -1,0 +1,440 @@
+#include "run/execute.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/memory.h"
+#include "run/evaluate.h"
+#include "run/files.h"
+#include "run/hdf5_lock.h"
+#include "run/outdir.h"
+#include "run/plan.h"
+#include "run/processor.h"
+#include "run/ranking.h"
+#include "run/train.h"
+
+/* Everything one rank holds during a study. */
+typedef struct Session {
+    const FvInvocation *in;
+    FvStudy study;
+    char out[FV_PATH];
+    bool *wanted; /* [jobs] */
+    int lock;     /* rank 0: of OUT */
+    size_t threads;
+    FvData **data;           /* [experiments]; experiments with equal data share one */
+    const FvDataInfo **info; /* [experiments] */
+    uint8_t **map_pixels;    /* rank 0, [experiments], shared like data */
+    char (*names)[FV_NAME + 32]; /* [jobs] */
+    const char **name_list;
+    char *hosts;
+    char libraries[512], start[32];
+    FvGroup group;
+    FvDisplay *display;
+    FvCoordinator *coordinator;
+} Session;
+
+static size_t job_count(const Session *s) {
+    return s->study.experiment_count * s->study.seed_count;
+}
+
+/* --- what is asked for ---------------------------------------------------------------------- */
+
+static FvStatus check_ranks(const Session *s, FvError *err) {
+    const FvOptions *o = &s->in->options;
+    size_t ranks = o->ranks_per_experiment, size = s->in->world.size;
+    if (size % ranks != 0)
+        return FV_FAIL(err, FV_USAGE,
+                       "--ranks-per-experiment %zu does not divide the %zu ranks that were started",
+                       ranks, size);
+    for (size_t e = 0; e < s->study.experiment_count; e++)
+        if (s->study.experiments[e].config.batch % ranks != 0)
+            return FV_FAIL(err, FV_USAGE,
+                           "--ranks-per-experiment %zu does not divide %s's batch of %zu clips",
+                           ranks, s->study.experiments[e].name,
+                           s->study.experiments[e].config.batch);
+    return FV_OK;
+}
+
+static FvStatus choose_jobs(Session *s, FvError *err) {
+    const char *only = s->in->options.only;
+    s->wanted = calloc(job_count(s), sizeof *s->wanted);
+    if (!s->wanted)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for %zu jobs", job_count(s));
+    for (size_t j = 0; !only && j < job_count(s); j++)
+        s->wanted[j] = true;
+    while (only && *only) {
+        size_t length = strcspn(only, ","), e = 0, seeds = s->study.seed_count;
+        for (; e < s->study.experiment_count; e++)
+            if (strlen(s->study.experiments[e].name) == length &&
+                strncmp(s->study.experiments[e].name, only, length) == 0)
+                break;
+        if (e == s->study.experiment_count)
+            return FV_FAIL(err, FV_USAGE, "--only %.*s: %s has no such experiment; --list shows them",
+                           (int)length, only, s->in->study_path);
+        for (size_t i = 0; i < seeds; i++)
+            s->wanted[e * seeds + i] = true;
+        only += length + (only[length] == ',');
+    }
+    return FV_OK;
+}
+
+static FvStatus name_jobs(Session *s, FvError *err) {
+    s->names = calloc(job_count(s), sizeof *s->names);
+    s->name_list = calloc(job_count(s), sizeof *s->name_list);
+    if (!s->names || !s->name_list)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for %zu jobs", job_count(s));
+    for (size_t j = 0; j < job_count(s); j++) {
+        snprintf(s->names[j], sizeof s->names[j], "%s seed %llu",
+                 s->study.experiments[j / s->study.seed_count].name,
+                 (unsigned long long)s->study.seeds[j % s->study.seed_count]);
+        s->name_list[j] = s->names[j];
+    }
+    return FV_OK;
+}
+
+static FvStatus read_study(Session *s, FvError *err) {
+    const FvOptions *o = &s->in->options;
+    /* without a GPU the small scale is the one that fits */
+    FV_TRY(fv_study_load(s->in->study_path, o->overrides, o->override_count, "small", &s->study,
+                         err));
+    FV_TRY(check_ranks(s, err));
+    FV_TRY(choose_jobs(s, err));
+    FV_TRY(name_jobs(s, err));
+    return o->out ? fv_path(err, s->out, sizeof s->out, "%s", o->out)
+                  : fv_path(err, s->out, sizeof s->out, "runs/%s", s->study.name);
+}
+
+/* --- data ----------------------------------------------------------------------------------- */
+
+static bool same_data(const FvConfig *a, const FvConfig *b) {
+    return strcmp(a->data, b->data) == 0 && strcmp(a->latents, b->latents) == 0 &&
+           strcmp(a->text, b->text) == 0 && a->clips_train == b->clips_train &&
+           a->clips_held_out == b->clips_held_out && a->data_seed == b->data_seed &&
+           a->frames == b->frames && a->image_size == b->image_size && a->batch == b->batch &&
+           a->lm_vocab == b->lm_vocab && a->map_clips == b->map_clips;
+}
+
+/* Frames of the clips whose maps are kept, as results.h5 shows them. */
+static FvStatus read_map_pixels(FvData *data, size_t clips, uint8_t **out, FvError *err) {
+    const FvDataInfo *info = fv_data_info(data);
+    FvBatch batch;
+    *out = NULL;
+    if (clips == 0)
+        return FV_OK;
+    FV_TRY(fv_batch_create(clips, info, info->max_tokens ? info->max_tokens : 1, &batch, err));
+    FvStatus status = FV_OK;
+    for (size_t i = 0; status == FV_OK && i < clips; i++)
+        status = fv_data_read(data, FV_HELD_OUT, fv_map_clip(i, clips, info->count[FV_HELD_OUT]),
+                              &batch, i, err);
+    if (status == FV_OK) {
+        *out = batch.pixels;
+        batch.pixels = NULL;
+    }
+    fv_batch_free(&batch);
+    return status;
+}
+
+static FvStatus open_data(Session *s, FvError *err) {
+    size_t n = s->study.experiment_count;
+    s->data = calloc(n, sizeof *s->data);
+    s->info = calloc(n, sizeof *s->info);
+    s->map_pixels = calloc(n, sizeof *s->map_pixels);
+    if (!s->data || !s->info || !s->map_pixels)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for %zu data sets", n);
+    for (size_t e = 0; e < n; e++) {
+        const FvConfig *c = &s->study.experiments[e].config;
+        for (size_t f = 0; f < e && !s->data[e]; f++)
+            if (same_data(c, &s->study.experiments[f].config)) {
+                s->data[e] = s->data[f];
+                s->map_pixels[e] = s->map_pixels[f];
+            }
+        if (!s->data[e]) {
+            FV_TRY(fv_data_open(c, &s->data[e], err));
+            if (s->in->world.rank == 0)
+                FV_TRY(read_map_pixels(s->data[e], c->map_clips, &s->map_pixels[e], err));
+        }
+        s->info[e] = fv_data_info(s->data[e]);
+    }
+    return FV_OK;
+}
+
+static void close_data(Session *s) {
+    for (size_t e = 0; s->data && e < s->study.experiment_count; e++) {
+        bool shared = false;
+        for (size_t f = 0; f < e; f++)
+            shared = shared || s->data[f] == s->data[e];
+        if (shared || !s->data[e])
+            continue;
+        fv_data_close(s->data[e]);
+        free(s->map_pixels[e]);
+    }
+    free(s->data);
+    free(s->info);
+    free(s->map_pixels);
+}
+
+/* Every job's configuration against its data, before anything is allocated for it. */
+static FvStatus check_jobs(const Session *s, FvError *err) {
+    for (size_t e = 0; e < s->study.experiment_count; e++) {
+        const FvConfig *c = &s->study.experiments[e].config;
+        FvJobPlan plan;
+        if (strcmp(c->text, "captions") == 0 && s->info[e]->max_tokens == 0)
+            return FV_FAIL(err, FV_DATA,
+                           "%s: text is captions, but %s has no /tokens; use text=none", c->data,
+                           s->study.experiments[e].name);
+        FV_TRY(fv_plan_job(c, s->in->options.ranks_per_experiment, s->info[e], &plan, err));
+    }
+    return FV_OK;
+}
+
+/* --- the first lines ------------------------------------------------------------------------ */
+
+typedef struct RankLine {
+    char host[FV_HOST];
+    size_t local_rank, threads, group;
+} RankLine;
+
+static FvStatus tell_ranks(Session *s, FvError *err) {
+    const FvWorld *w = &s->in->world;
+    RankLine mine = {.local_rank = w->local_rank, .threads = s->threads, .group = s->group.index};
+    RankLine *all = w->rank == 0 ? calloc(w->size, sizeof *all) : NULL;
+    snprintf(mine.host, sizeof mine.host, "%s", w->host);
+    fv_world_gather(&mine, sizeof mine, all);
+    if (w->rank != 0)
+        return FV_OK;
+    size_t room = fv_mul(w->size, 160), used = 0, jobs = 0;
+    s->hosts = calloc(room + 1, 1);
+    if (!all || !s->hosts) {
+        free(all);
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the table of ranks");
+    }
+    for (size_t j = 0; j < job_count(s); j++)
+        jobs += s->wanted[j];
+    size_t at_once = s->group.count * s->group.slots;
+    fv_display_log(s->display, "%-5s %-20s %-16s %-6s %s", "rank", "host", "device", "group",
+                   "jobs");
+    for (size_t r = 0; r < w->size; r++) {
+        char device[32], does[48];
+        snprintf(device, sizeof device, "cpu, %zu thread%s", all[r].threads,
+                 all[r].threads == 1 ? "" : "s");
+        if (all[r].group * s->group.slots >= jobs)
+            snprintf(does, sizeof does, "idle: there are only %zu jobs", jobs);
+        else
+            snprintf(does, sizeof does, "%zu at a time", s->group.slots);
+        fv_display_log(s->display, "%-5zu %-20s %-16s %-6zu %s", r, all[r].host, device,
+                       all[r].group, does);
+        used += (size_t)snprintf(s->hosts + used, room - used, "rank %zu: %.*s, %s, group %zu\n", r,
+                                 64, all[r].host, device, all[r].group);
+    }
+    if (at_once < jobs)
+        fv_display_log(s->display, "%zu jobs, %zu at once; each group takes the next when it is free",
+                       jobs, at_once);
+    free(all);
+    return FV_OK;
+}
+
+static void tell_study(Session *s) {
+    const FvConfig *c = &s->study.experiments[0].config;
+    fv_display_log(s->display, "study %s (%s), %s scale: %zu experiments x %zu seeds, %zu steps each",
+                   s->study.name, s->in->study_path, c->scale, s->study.experiment_count,
+                   s->study.seed_count, c->steps);
+    fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
+                   s->info[0]->source, s->info[0]->count[FV_TRAIN], s->info[0]->count[FV_HELD_OUT],
+                   s->info[0]->latents);
+    if (!c->init_from[0])
+        fv_display_log(s->display, "the encoder starts untrained (no init_from): what freeze_dino "
+                                   "preserves here is a random encoder, not a pretrained one");
+    fv_display_log(s->display, "results: %s/results.h5", s->out);
+}
+
+/* --- running -------------------------------------------------------------------------------- */
+
+/* One job slot of this rank: takes jobs until there are none. */
+typedef struct Slot {
+    Session *session;
+    const FvRun *run;
+    size_t index;
+    FvStatus status; /* worst of its jobs, FV_JOB aside: the coordinator knows about failed jobs */
+    FvError err;
+} Slot;
+
+static void *run_slot(void *argument) {
+    Slot *slot = argument;
+    Session *s = slot->session;
+    const FvGroup *g = &s->group;
+    for (;;) {
+        size_t job = FV_NO_JOB;
+        FvError err = {0};
+        FvStatus status = FV_OK;
+        if (g->rank == 0)
+            status = fv_coordinator_next(s->coordinator, slot->index, &job, &err);
+        if (status == FV_OK)
+            status = fv_group_broadcast(g, slot->index, &job, sizeof job, &err);
+        if (status == FV_OK && job != FV_NO_JOB)
+            status = fv_train(slot->run, slot->index, job, &err);
+        bool job_only = status == FV_OK || status == FV_JOB || status == FV_STOPPED;
+        if (!job_only && slot->status == FV_OK) {
+            slot->status = status;
+            slot->err = err;
+        }
+        if (job == FV_NO_JOB || (!job_only && g->size > 1))
+            return NULL;
+    }
+}
+
+static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
+    FvRun run = {.world = &s->in->world,
+                 .group = &s->group,
+                 .study = &s->study,
+                 .out = s->out,
+                 .coordinator = s->coordinator,
+                 .data = s->data,
+                 .threads = s->threads > s->group.slots ? s->threads / s->group.slots : 1,
+                 .stop = s->in->stop};
+    Slot *slots = calloc(s->group.slots, sizeof *slots);
+    pthread_t *threads = calloc(s->group.slots, sizeof *threads);
+    FvStatus status = slots && threads ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory for slots");
+    size_t started = 0;
+    for (; status == FV_OK && started < s->group.slots; started++) {
+        slots[started] = (Slot){.session = s, .run = &run, .index = started};
+        if (pthread_create(&threads[started], NULL, run_slot, &slots[started]) != 0)
+            status = FV_FAIL(err, FV_DEVICE, "thread for job slot %zu could not be started",
+                             started);
+    }
+    for (size_t i = 0; i < started; i++)
+        pthread_join(threads[i], NULL);
+    for (size_t i = 0; i < started && status == FV_OK; i++)
+        if (slots[i].status != FV_OK) {
+            *err = slots[i].err;
+            status = slots[i].status;
+        }
+    free(slots);
+    free(threads);
+    *abort = status != FV_OK && s->group.size > 1;
+    return status;
+}
+
+static FvStatus start_coordinator(Session *s, FvError *err) {
+    const FvConfig *c = &s->study.experiments[0].config;
+    FvCoordinatorConfig config = {
+        .world = &s->in->world,
+        .group = &s->group,
+        .study = &s->study,
+        .out = s->out,
+        .stop = s->in->stop,
+        .wanted = s->wanted,
+        .display = s->display,
+        .provenance = {.command_line = s->in->command_line,
+                       .revision = s->in->revision,
+                       .hosts = s->hosts,
+                       .start_time = s->start,
+                       .end_time = "",
+                       .weights = c->init_from,
+                       .weights_sha256 = "",
+                       .libraries = s->libraries},
+        .data = s->info,
+        .map_pixels = (const uint8_t *const *)s->map_pixels,
+    };
+    return fv_coordinator_start(&config, &s->coordinator, err);
+}
+
+static FvStatus prepare_out(Session *s, FvError *err) {
+    char path[FV_PATH];
+    if (s->in->world.rank != 0)
+        return FV_OK;
+    FV_TRY(fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->lock, err));
+    FV_TRY(fv_path(err, path, sizeof path, "%s/log.txt", s->out));
+    return fv_display_create(path, s->name_list, job_count(s),
+                             fv_display_is_live(s->in->world.by_mpirun), &s->display, err);
+}
+
+static void note_versions(Session *s) {
+    char mpi[128], hdf5[32];
+    time_t seconds = time(NULL);
+    struct tm utc;
+    gmtime_r(&seconds, &utc);
+    strftime(s->start, sizeof s->start, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    fv_mpi_version(mpi, sizeof mpi);
+    fv_hdf5_version(hdf5, sizeof hdf5);
+    snprintf(s->libraries, sizeof s->libraries, "%s\nHDF5 %s\n%s\n", mpi, hdf5,
+             fv_cpu_blas_name());
+}
+
+static FvStatus list_jobs(const Session *s) {
+    for (size_t j = 0; j < job_count(s); j++)
+        printf("%s%s\n", s->names[j], s->wanted[j] ? "" : " (not selected)");
+    return FV_OK;
+}
+
+/* Collective steps: each is done by all ranks, and a failure of one is everyone's. */
+#define TOGETHER(call)                                                                             \
+    do {                                                                                           \
+        FvStatus agreed_ = fv_world_agree(&s->in->world, (call), speaker);                         \
+        if (agreed_ != FV_OK)                                                                      \
+            return agreed_;                                                                        \
+    } while (0)
+
+static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err) {
+    const FvOptions *o = &s->in->options;
+    const FvWorld *w = &s->in->world;
+    TOGETHER(read_study(s, err));
+    size_t cores = fv_claim_cores(w);
+    s->threads = o->threads ? o->threads : cores;
+    if (o->list || o->dry_run)
+        return w->rank != 0 ? FV_OK
+               : o->list    ? list_jobs(s)
+                            : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
+    TOGETHER(prepare_out(s, err));
+    TOGETHER(open_data(s, err));
+    TOGETHER(check_jobs(s, err));
+    note_versions(s);
+    TOGETHER(fv_group_create(w, o->ranks_per_experiment, o->jobs_per_rank, &s->group, err));
+    if (w->rank == 0)
+        tell_study(s);
+    TOGETHER(tell_ranks(s, err));
+    TOGETHER(start_coordinator(s, err));
+    FvStatus status = run_slots(s, abort, err);
+    if (*abort) {
+        *speaker = true;
+        return status;
+    }
+    FvError late;
+    FvStatus finished = s->group.rank == 0 ? fv_coordinator_finish(s->coordinator, &late) : FV_OK;
+    if (w->rank == 0)
+        fv_print_ranking(&s->study, fv_coordinator_records(s->coordinator), s->out);
+    if (status == FV_OK && finished != FV_OK) {
+        status = finished;
+        *err = late;
+        if (finished == FV_JOB)
+            FV_FAIL(err, FV_JOB, "a job failed (its reason is above and in %s/results.h5); the "
+                                 "others are done",
+                    s->out);
+        if (finished == FV_STOPPED)
+            FV_FAIL(err, FV_STOPPED, "stopped; the same command goes on from the checkpoints");
+    }
+    return fv_world_agree(w, status, speaker);
+}
+
+FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError *err) {
+    Session s = {.in = in, .lock = -1};
+    *speaker = in->world.rank == 0;
+    *abort = false;
+    FvStatus status = run_session(&s, speaker, abort, err);
+    if (*abort)
+        return status;
+    fv_coordinator_destroy(s.coordinator);
+    fv_display_destroy(s.display);
+    if (s.group.comms)
+        fv_group_free(&s.group);
+    close_data(&s);
+    fv_outdir_close(s.lock);
+    free(s.hosts);
+    free(s.names);
+    free(s.name_list);
+    free(s.wanted);
+    fv_study_free(&s.study);
+    return status;
+}

@@ -1,0 +1,171 @@
+#include "run/plan.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/memory.h"
+#include "run/checkpoint.h"
+#include "run/history.h"
+#include "run/train.h"
+
+FvStatus fv_plan_job(const FvConfig *config, size_t ranks, const FvDataInfo *data, FvJobPlan *p,
+                     FvError *err) {
+    bool captions = strcmp(config->text, "captions") == 0;
+    size_t max_text = captions && data ? data->max_tokens : 1;
+    size_t held_out = data ? data->count[FV_HELD_OUT] : config->clips_held_out;
+    size_t evals = fv_eval_count(config), maps = fv_map_count(config);
+    *p = (FvJobPlan){0};
+    FV_TRY(fv_config_model(config, ranks, max_text, &p->model, err));
+    FV_TRY(fv_model_plan(&p->model, &p->memory, &p->parameters, &p->trained, err));
+    p->history = fv_history_bytes(config->steps, evals, maps, held_out, config->frames,
+                                  config->map_clips, fv_grid(&p->model));
+    size_t share = (held_out + ranks - 1) / ranks;
+    size_t pixels = fv_mul4(p->model.clips * config->frames, config->image_size,
+                            config->image_size, 3);
+    p->evaluation = fv_add(fv_mul4(share, FV_EVAL_COUNT * config->frames, 1 + ranks,
+                                   sizeof(double)),
+                           fv_mul(6, pixels)); /* evaluation's batch, and those read ahead */
+    p->staging = fv_checkpointer_bytes(p->parameters, p->trained);
+    p->checkpoint = fv_add(p->staging, p->history);
+    return FV_OK;
+}
+
+size_t fv_plan_bytes(const FvJobPlan *p) {
+    size_t device = fv_add(fv_add(p->memory.weights, p->memory.gradients),
+                           fv_add(p->memory.moments, p->memory.activations));
+    return fv_add(device, fv_add(p->history, fv_add(p->evaluation, p->staging)));
+}
+
+/* --- the dry run ---------------------------------------------------------------------------- */
+
+static void print_bytes(const char *what, size_t bytes) {
+    printf("  %-22s %10.1f MB\n", what, (double)bytes / 1e6);
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* A batch of zeros costs what a real one costs. */
+static FvStatus zero_batch(const FvModelConfig *c, FvBatch *b, FvError *err) {
+    size_t frames = c->clips * c->frames;
+    *b = (FvBatch){.clips = c->clips, .max_text = c->max_text};
+    b->pixels = calloc(frames, fv_mul3(c->size, c->size, 3));
+    b->latents = calloc(frames, fv_latent_count(c) * sizeof(real));
+    b->tokens = calloc(c->clips, c->max_text * sizeof(int32_t));
+    b->token_count = calloc(c->clips, sizeof(int32_t));
+    b->clip = calloc(c->clips, sizeof *b->clip);
+    if (b->pixels && b->latents && b->tokens && b->token_count && b->clip)
+        return FV_OK;
+    return FV_FAIL(err, FV_DEVICE, "out of memory for a trial step");
+}
+
+static double time_steps(FvModel *m, const FvBatch *batch, bool train) {
+    double best = 1e30, spent = 0;
+    for (int i = 0; i < 12 && (i < 2 || spent < 2); i++) { /* the first one warms up */
+        double start = now();
+        fv_model_load(m, batch);
+        fv_model_encode(m);
+        fv_model_coarse(m);
+        fv_model_fine(m);
+        if (train)
+            fv_model_backward(m);
+        else
+            fv_model_fine_other(m);
+        double seconds = now() - start;
+        spent += seconds;
+        if (i > 0 && seconds < best)
+            best = seconds;
+    }
+    return best;
+}
+
+/* Seconds of one training step, and of one evaluation batch. */
+static FvStatus trial(const FvModelConfig *c, size_t threads, double *step, double *evaluation,
+                      FvError *err) {
+    FvBackend *be;
+    FvModel *m = NULL;
+    FvBatch batch;
+    FV_TRY(fv_cpu_backend_create(threads, &be, err));
+    FvStatus status = zero_batch(c, &batch, err);
+    if (status == FV_OK)
+        status = fv_model_create(c, be, &m, err);
+    if (status == FV_OK)
+        status = fv_params_init(fv_model_params(m), be, 0, err);
+    if (status == FV_OK) {
+        *step = time_steps(m, &batch, true);
+        *evaluation = time_steps(m, &batch, false);
+    }
+    fv_model_destroy(m);
+    fv_cpu_backend_destroy(be);
+    fv_batch_free(&batch);
+    return status;
+}
+
+static size_t free_memory(void) {
+    long pages = sysconf(_SC_AVPHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    return pages > 0 && size > 0 ? fv_mul((size_t)pages, (size_t)size) : 0;
+}
+
+static FvStatus estimate_seconds(const FvConfig *config, const FvJobPlan *p, size_t threads,
+                                 double *seconds, FvError *err) {
+    double step = 0, evaluation = 0;
+    FV_TRY(trial(&p->model, threads, &step, &evaluation, err));
+    double batches = (double)((config->clips_held_out + p->model.clips - 1) / p->model.clips);
+    *seconds = step * (double)config->steps +
+               evaluation * batches * (double)fv_eval_count(config);
+    return FV_OK;
+}
+
+FvStatus fv_plan_print(const FvStudy *study, const FvWorld *world, const FvOptions *o,
+                       size_t threads, const char *out, FvError *err) {
+    size_t jobs = study->experiment_count * study->seed_count;
+    size_t groups = world->size / o->ranks_per_experiment, disk = 0, most = 0;
+    double total = 0;
+    bool timed = true;
+    printf("study %s: %zu experiments x %zu seeds = %zu jobs, on %zu groups of %zu ranks, %zu at "
+           "a time each\nresults: %s/results.h5\n\n",
+           study->name, study->experiment_count, study->seed_count, jobs, groups,
+           o->ranks_per_experiment, o->jobs_per_rank, out);
+    printf("%-20s %8s %12s %12s %14s %14s %10s\n", "experiment", "steps", "parameters", "trained",
+           "memory MB", "checkpoint MB", "time s");
+    for (size_t e = 0; e < study->experiment_count; e++) {
+        const FvConfig *c = &study->experiments[e].config;
+        FvJobPlan p;
+        double seconds = 0;
+        FV_TRY(fv_plan_job(c, o->ranks_per_experiment, NULL, &p, err));
+        size_t bytes = fv_plan_bytes(&p);
+        bool fits = bytes < free_memory() / 2;
+        if (fits)
+            FV_TRY(estimate_seconds(c, &p, threads, &seconds, err));
+        timed = timed && fits;
+        total += seconds;
+        most = bytes > most ? bytes : most;
+        disk = fv_add(disk, fv_mul(study->seed_count,
+                                   fv_add(fv_mul(2, p.checkpoint),
+                                          fv_add(p.memory.weights, fv_mul(2, p.history)))));
+        printf("%-20s %8zu %12zu %12zu %14.1f %14.1f ", study->experiments[e].name, c->steps,
+               p.parameters, p.trained, (double)bytes / 1e6, (double)p.checkpoint / 1e6);
+        if (fits)
+            printf("%10.0f\n", seconds);
+        else
+            printf("%10s\n", "not tried");
+    }
+    printf("\nper rank, with %zu threads:\n", threads);
+    print_bytes("jobs", fv_mul(most, o->jobs_per_rank));
+    print_bytes("clips", fv_data_bytes(&study->experiments[0].config));
+    print_bytes("free now", free_memory());
+    printf("disk:\n");
+    print_bytes("checkpoints, results", disk);
+    if (timed)
+        printf("time: about %.0f s (from trial steps just now)\n",
+               total * (double)study->seed_count / (double)groups);
+    else
+        printf("time: not estimated, a trial step would not fit the free memory\n");
+    return FV_OK;
+}

@@ -1,0 +1,32 @@
+/* What a study will need, worked out before anything is allocated. */
+#ifndef FV_RUN_PLAN_H
+#define FV_RUN_PLAN_H
+
+#include "model/model.h"
+#include "run/comm.h"
+#include "run/config.h"
+#include "run/data.h"
+#include "run/options.h"
+
+typedef struct FvJobPlan { /* one job on one rank; bytes */
+    FvModelConfig model;
+    FvModelMemory memory;
+    size_t parameters, trained;
+    size_t history, evaluation, staging; /* host: records, evaluation buffers, checkpoint copy */
+    size_t checkpoint;                   /* one checkpoint file */
+} FvJobPlan;
+
+/* max_text and held_out of procedural data follow from the configuration; of a file from `data`
+ * (NULL: the file has not been opened, its own numbers are taken from the configuration). */
+FvStatus fv_plan_job(const FvConfig *, size_t ranks, const FvDataInfo *data, FvJobPlan *,
+                     FvError *err);
+
+/* The memory that one job on one rank holds, all together. */
+size_t fv_plan_bytes(const FvJobPlan *);
+
+/* --dry-run: jobs, groups, parameters, memory, disk and an estimate of time, measured on a few
+ * steps of the first experiment when they fit the free memory. */
+FvStatus fv_plan_print(const FvStudy *, const FvWorld *, const FvOptions *, size_t threads,
+                       const char *out, FvError *err);
+
+#endif

@@ -1,0 +1,519 @@
+#include "run/prepare.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <getopt.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/memory.h"
+#include "base/rng.h"
+#include "run/clipwriter.h"
+#include "run/data.h"
+#include "run/files.h"
+#include "run/video.h"
+
+typedef struct Options {
+    const char *output;
+    size_t frames, stride, size, most; /* most clips per video, 0: no limit */
+    size_t clips[2];                   /* procedural, per FvSplit */
+    uint64_t seed;
+    double held_out;
+    bool center, procedural, help;
+    char **inputs;
+    size_t input_count;
+} Options;
+
+typedef struct Video {
+    char *path, *name;   /* name: the path below the folder given, or the file's own name */
+    bool named;          /* on the command line, not found in a folder */
+    dev_t device;        /* with inode: the same file under two names counts once */
+    ino_t inode;
+    size_t first, clips; /* its clips in the file */
+    uint64_t draw;       /* the videos with the lowest are held out */
+} Video;
+
+typedef struct Run {
+    const Options *options;
+    Video *videos;
+    size_t video_count, capacity;
+    size_t clips, unreadable, too_short, others;
+    FvClipWriter *writer;
+    uint8_t *pixels; /* one clip */
+    sigset_t signals;
+    bool terminal;   /* progress is a line that is written over */
+    time_t shown;    /* when progress was last printed */
+} Run;
+
+/* --- command line ----------------------------------------------------------------------------- */
+
+static void print_help(void) {
+    puts("usage: fovea prepare VIDEO|FOLDER... -o clips.h5 [options]\n"
+         "       fovea prepare procedural    -o clips.h5 [options]\n"
+         "\n"
+         "Cuts videos into clips for a study (data=clips.h5); folders are searched through.\n"
+         "With `procedural`, writes the built-in clips with their captions.\n"
+         "\n"
+         "  -o, --output FILE           the file to write; appears when it is complete\n"
+         "      --frames N              frames per clip (8)\n"
+         "      --stride N              takes every Nth frame of the video (2)\n"
+         "      --size N                pixels per side, a multiple of 8 (64)\n"
+         "      --crop center|none      the centred square, or all of it squeezed (center)\n"
+         "      --held-out SHARE        share of the videos kept for evaluation (0.1)\n"
+         "      --max-clips-per-video N the first N clips of each video (all)\n"
+         "      --seed N                chooses the held-out videos; procedural: data_seed (0)\n"
+         "      --clips-train N         procedural: training clips (813)\n"
+         "      --clips-held-out N      procedural: held-out clips (64)\n"
+         "      --help                  this text");
+}
+
+static FvStatus parse_count(const char *name, const char *text, uint64_t low, uint64_t high,
+                            uint64_t *out, FvError *err) {
+    char *end;
+    errno = 0;
+    unsigned long long v = strtoull(text, &end, 10);
+    if (end == text || *end || *text == '-' || errno || v < low || v > high)
+        return FV_FAIL(err, FV_USAGE, "prepare: --%s=%s: needs a whole number from %llu to %llu",
+                       name, text, (unsigned long long)low, (unsigned long long)high);
+    *out = v;
+    return FV_OK;
+}
+
+static FvStatus parse_size(const char *name, const char *text, size_t low, size_t high, size_t *out,
+                           FvError *err) {
+    uint64_t v = 0;
+    FV_TRY(parse_count(name, text, low, high, &v, err));
+    *out = (size_t)v;
+    return FV_OK;
+}
+
+static FvStatus parse_share(const char *text, double *out, FvError *err) {
+    char *end;
+    *out = strtod(text, &end);
+    if (end == text || *end || !(*out >= 0 && *out < 1))
+        return FV_FAIL(err, FV_USAGE, "prepare: --held-out=%s: needs a share from 0 to below 1",
+                       text);
+    return FV_OK;
+}
+
+enum { FRAMES = 256, STRIDE, SIZE, CROP, HELD_OUT, MOST, SEED, CLIPS_TRAIN, CLIPS_HELD_OUT, HELP };
+
+static FvStatus take_option(int key, Options *o, FvError *err) {
+    switch (key) {
+    case 'o':
+        o->output = optarg;
+        return FV_OK;
+    case FRAMES:
+        return parse_size("frames", optarg, 1, 4096, &o->frames, err);
+    case STRIDE:
+        return parse_size("stride", optarg, 1, 100000, &o->stride, err);
+    case SIZE:
+        FV_TRY(parse_size("size", optarg, 8, 4096, &o->size, err));
+        if (o->size % 8)
+            return FV_FAIL(err, FV_USAGE, "prepare: --size=%s: needs a multiple of 8", optarg);
+        return FV_OK;
+    case CROP:
+        o->center = !strcmp(optarg, "center");
+        if (!o->center && strcmp(optarg, "none"))
+            return FV_FAIL(err, FV_USAGE, "prepare: --crop=%s: needs center or none", optarg);
+        return FV_OK;
+    case HELD_OUT:
+        return parse_share(optarg, &o->held_out, err);
+    case MOST:
+        return parse_size("max-clips-per-video", optarg, 1, UINT32_MAX, &o->most, err);
+    case SEED:
+        return parse_count("seed", optarg, 0, UINT32_MAX, &o->seed, err);
+    case CLIPS_TRAIN:
+        return parse_size("clips-train", optarg, 1, 10000000, &o->clips[FV_TRAIN], err);
+    case CLIPS_HELD_OUT:
+        return parse_size("clips-held-out", optarg, 1, 10000000, &o->clips[FV_HELD_OUT], err);
+    case HELP:
+        o->help = true;
+        return FV_OK;
+    default:
+        return FV_FAIL(err, FV_USAGE, "prepare: option %s is not known or lacks its value: see "
+                       "fovea prepare --help", optarg);
+    }
+}
+
+static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
+    static const struct option table[] = {
+        {"output", required_argument, NULL, 'o'},
+        {"frames", required_argument, NULL, FRAMES},
+        {"stride", required_argument, NULL, STRIDE},
+        {"size", required_argument, NULL, SIZE},
+        {"crop", required_argument, NULL, CROP},
+        {"held-out", required_argument, NULL, HELD_OUT},
+        {"max-clips-per-video", required_argument, NULL, MOST},
+        {"seed", required_argument, NULL, SEED},
+        {"clips-train", required_argument, NULL, CLIPS_TRAIN},
+        {"clips-held-out", required_argument, NULL, CLIPS_HELD_OUT},
+        {"help", no_argument, NULL, HELP},
+        {NULL, 0, NULL, 0}};
+    *o = (Options){.frames = 8, .stride = 2, .size = 64, .held_out = 0.1, .center = true,
+                   .clips = {813, 64}};
+    optind = 0; /* a fresh scan */
+    opterr = 0;
+    for (int key; (key = getopt_long(argc, argv, "o:", table, NULL)) != -1;) {
+        if (key == '?')
+            optarg = argv[optind - 1];
+        FV_TRY(take_option(key, o, err));
+    }
+    o->inputs = argv + optind;
+    o->input_count = (size_t)(argc - optind);
+    if (o->help)
+        return FV_OK;
+    if (o->input_count == 0)
+        return FV_FAIL(err, FV_USAGE, "prepare: name videos or folders, or `procedural`: see fovea "
+                       "prepare --help");
+    if (!o->output || !*o->output)
+        return FV_FAIL(err, FV_USAGE, "prepare: name the file to write with -o clips.h5");
+    o->procedural = o->input_count == 1 && !strcmp(o->inputs[0], "procedural");
+    return FV_OK;
+}
+
+/* --- progress and signals --------------------------------------------------------------------- */
+
+/* Takes the place of the progress line, so that what is printed next starts a line. */
+static void clear_progress(const Run *r) {
+    if (r->terminal)
+        fputs("\r\033[K", stderr);
+}
+
+/* A bar on a terminal, about ten times a second; otherwise a line every ten seconds. */
+static void show_progress(Run *r, size_t done, size_t all, const char *what) {
+    enum { BAR = 30 };
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    time_t tick = r->terminal ? now.tv_sec * 10 + now.tv_nsec / 100000000 : now.tv_sec / 10;
+    if (r->shown == tick)
+        return;
+    bool first = r->shown == 0;
+    r->shown = tick;
+    if (!r->terminal && first)
+        return;
+    int filled = all ? (int)(BAR * done / all) : 0;
+    if (r->terminal)
+        fprintf(stderr, "\r[%.*s%*s] %zu/%zu %s, %zu clips\033[K", filled,
+                "##############################", BAR - filled, "", done, all, what, r->clips);
+    else
+        fprintf(stderr, "prepare: %zu/%zu %s, %zu clips\n", done, all, what, r->clips);
+}
+
+/* The signals are blocked while files are written, and looked for between frames: nothing has to be
+ * undone in a handler. One that came is used up. */
+static FvStatus check_signals(const Run *r, FvError *err) {
+    struct timespec at_once = {0};
+    int signal = sigtimedwait(&r->signals, NULL, &at_once);
+    if (signal > 0)
+        return FV_FAIL(err, FV_STOPPED, "prepare: stopped by a signal (%s), %s is not written",
+                       strsignal(signal), r->options->output);
+    return FV_OK;
+}
+
+/* --- which files ------------------------------------------------------------------------------ */
+
+static FvStatus add_video(Run *r, const char *path, const char *name, bool named,
+                          const struct stat *info, FvError *err) {
+    for (size_t i = 0; i < r->video_count; i++)
+        if (r->videos[i].device == info->st_dev && r->videos[i].inode == info->st_ino)
+            return FV_OK;
+    if (r->video_count == r->capacity) {
+        size_t capacity = r->capacity ? 2 * r->capacity : 64;
+        Video *grown = realloc(r->videos, capacity * sizeof *grown);
+        if (!grown)
+            return FV_FAIL(err, FV_DEVICE, "prepare: out of memory for the list of videos");
+        r->videos = grown;
+        r->capacity = capacity;
+    }
+    Video *v = &r->videos[r->video_count];
+    *v = (Video){.path = strdup(path), .name = strdup(name), .named = named,
+                 .device = info->st_dev, .inode = info->st_ino};
+    r->video_count++;
+    if (!v->path || !v->name)
+        return FV_FAIL(err, FV_DEVICE, "prepare: out of memory for the list of videos");
+    return FV_OK;
+}
+
+/* In the order of bytes, not of the locale: the same everywhere. */
+static int by_name(const struct dirent **a, const struct dirent **b) {
+    return strcmp((*a)->d_name, (*b)->d_name);
+}
+
+/* Takes a file, or everything in a folder in the order of the names' bytes. Hidden files, and links
+ * to folders (which could lead round in circles), are passed over. prefix: bytes of path before the
+ * part that names the video. */
+static FvStatus find_videos(Run *r, const char *path, size_t prefix, bool named, FvError *err) {
+    struct stat info;
+    if ((named ? stat : lstat)(path, &info) != 0)
+        return FV_FAIL(err, FV_DATA, "%s: %s: name videos or folders", path, strerror(errno));
+    if (!named && S_ISLNK(info.st_mode) && (stat(path, &info) != 0 || S_ISDIR(info.st_mode)))
+        return FV_OK;
+    if (S_ISREG(info.st_mode))
+        return add_video(r, path, path + prefix, named, &info, err);
+    if (!S_ISDIR(info.st_mode))
+        return FV_OK;
+    struct dirent **entries;
+    int count = scandir(path, &entries, NULL, by_name);
+    if (count < 0)
+        return FV_FAIL(err, FV_DATA, "%s: %s", path, strerror(errno));
+    FvStatus status = FV_OK;
+    for (int i = 0; i < count; i++) {
+        char below[FV_PATH];
+        if (status == FV_OK && entries[i]->d_name[0] != '.') {
+            const char *slash = path[strlen(path) - 1] == '/' ? "" : "/";
+            status = fv_path(err, below, sizeof below, "%s%s%s", path, slash, entries[i]->d_name);
+            if (status == FV_OK)
+                status = find_videos(r, below, named ? strlen(path) + strlen(slash) : prefix, false,
+                                     err);
+        }
+        free(entries[i]);
+    }
+    free(entries);
+    return status;
+}
+
+/* Whether a file that cannot be read was meant to be a video: only then is it worth a line. */
+static bool looks_like_video(const char *path) {
+    static const char endings[][6] = {"3gp", "apng", "avi",  "flv", "gif", "m2ts", "m4v", "mkv",
+                                      "mov", "mp4",  "mpeg", "mpg", "mts", "ogv",  "ts",  "vob",
+                                      "webm", "webp", "wmv", "y4m"};
+    const char *dot = strrchr(path, '.');
+    for (size_t i = 0; dot && i < sizeof endings / sizeof *endings; i++)
+        if (!strcasecmp(dot + 1, endings[i]))
+            return true;
+    return false;
+}
+
+/* --- clips ------------------------------------------------------------------------------------ */
+
+static void report(const Run *r, const Video *v, const char *what, const char *reason) {
+    clear_progress(r);
+    fprintf(stderr, "prepare: %s: %s%s%s\n", v->path, what, *reason ? ": " : "", reason);
+}
+
+/* Cuts clips that do not overlap: each spans frames * stride frames of the video, whatever their
+ * time stamps. Damage ends a video; the clips before it are good. */
+static FvStatus cut_clips(Run *r, Video *v, FvVideo *video, FvError *err) {
+    const Options *o = r->options;
+    size_t frame_bytes = o->size * o->size * 3, span = o->frames * o->stride;
+    for (size_t frame = 0; !o->most || v->clips < o->most; frame++) {
+        size_t place = frame % span; /* within the clip */
+        bool taken = place % o->stride == 0, end = false;
+        FvStatus status = fv_video_next(
+            video, taken ? r->pixels + place / o->stride * frame_bytes : NULL, &end, err);
+        if (status == FV_DATA) {
+            report(r, v, "damaged, read up to there", err ? err->text : "");
+            break;
+        }
+        FV_TRY(status);
+        if (end)
+            break;
+        if (place == (o->frames - 1) * o->stride) {
+            char source[FV_PATH];
+            snprintf(source, sizeof source, "%.*s:%zu", (int)sizeof source - 24, v->name,
+                     frame - place);
+            FV_TRY(fv_clipwriter_add(r->writer, r->pixels, source, NULL, err));
+            v->clips++;
+            r->clips++;
+        }
+        FV_TRY(check_signals(r, err));
+        show_progress(r, (size_t)(v - r->videos), r->video_count, "files");
+    }
+    return FV_OK;
+}
+
+static FvStatus take_video(Run *r, Video *v, FvError *err) {
+    FvVideo *video;
+    FvError why = {0};
+    FvStatus status = fv_video_open(v->path, r->options->size, r->options->center, &video, &why);
+    if (status == FV_DATA) {
+        if (v->named || looks_like_video(v->path)) {
+            report(r, v, "skipped, unreadable", why.text);
+            r->unreadable++;
+        } else {
+            r->others++;
+        }
+        return FV_OK;
+    }
+    if (status != FV_OK)
+        return FV_FAIL(err, status, "%s: %s", v->path, why.text);
+    v->first = r->clips;
+    status = cut_clips(r, v, video, err);
+    fv_video_close(video);
+    FV_TRY(status);
+    if (v->clips == 0) {
+        char need[64];
+        snprintf(need, sizeof need, "a clip spans %zu frames",
+                 (r->options->frames - 1) * r->options->stride + 1);
+        report(r, v, "skipped, too short", need);
+        r->too_short++;
+    }
+    return FV_OK;
+}
+
+/* Number of held-out videos among `videos` that gave clips: the share, but one at least for each
+ * split where there are two videos. */
+static size_t held_out_videos(double share, size_t videos) {
+    if (share == 0 || videos < 2)
+        return 0;
+    size_t n = (size_t)lround(share * (double)videos);
+    return n < 1 ? 1 : n > videos - 1 ? videos - 1 : n;
+}
+
+/* Holds out whole videos, so that no video is in both splits: those whose names draw the lowest
+ * numbers from the seed. Returns how many. */
+static size_t split_videos(Run *r, uint8_t *split) {
+    size_t usable = 0;
+    for (size_t i = 0; i < r->video_count; i++) {
+        r->videos[i].draw = fv_stream(r->options->seed, r->videos[i].name);
+        usable += r->videos[i].clips > 0;
+    }
+    size_t wanted = held_out_videos(r->options->held_out, usable);
+    for (size_t k = 0; k < wanted; k++) {
+        Video *lowest = NULL;
+        for (size_t i = 0; i < r->video_count; i++) {
+            Video *v = &r->videos[i];
+            if (v->clips && !split[v->first] && (!lowest || v->draw < lowest->draw))
+                lowest = v;
+        }
+        memset(split + lowest->first, FV_HELD_OUT, lowest->clips);
+    }
+    return wanted;
+}
+
+static FvStatus finish_videos(Run *r, FvError *err) {
+    const Options *o = r->options;
+    if (r->clips == 0)
+        return FV_FAIL(err, FV_DATA, "prepare: no clips: of %zu files %zu are unreadable, %zu too "
+                       "short for %zu frames at stride %zu, %zu no videos", r->video_count,
+                       r->unreadable, r->too_short, o->frames, o->stride, r->others);
+    uint8_t *split = calloc(r->clips, 1);
+    if (!split)
+        return FV_FAIL(err, FV_DEVICE, "prepare: out of memory for %zu clips", r->clips);
+    size_t videos = split_videos(r, split), clips = 0;
+    for (size_t i = 0; i < r->clips; i++)
+        clips += split[i];
+    FvClipWriter *writer = r->writer;
+    r->writer = NULL;
+    FvStatus status = fv_clipwriter_finish(writer, split, err);
+    free(split);
+    FV_TRY(status);
+    clear_progress(r);
+    size_t usable = r->video_count - r->unreadable - r->too_short - r->others;
+    printf("%s: %zu clips of %zu frames, %zu x %zu pixels, from %zu videos\n"
+           "training: %zu clips of %zu videos, held out: %zu clips of %zu videos\n"
+           "skipped: %zu unreadable, %zu too short, %zu other files\n",
+           o->output, r->clips, o->frames, o->size, o->size, usable, r->clips - clips,
+           usable - videos, clips, videos, r->unreadable, r->too_short, r->others);
+    if (clips == 0)
+        puts("note: no clip is held out, a study needs some: give two videos or more and a "
+             "--held-out share");
+    return FV_OK;
+}
+
+static FvStatus prepare_videos(Run *r, FvError *err) {
+    const Options *o = r->options;
+    FV_TRY(fv_video_available(err));
+    for (size_t i = 0; i < o->input_count; i++) {
+        const char *slash = strrchr(o->inputs[i], '/');
+        FV_TRY(find_videos(r, o->inputs[i], slash ? (size_t)(slash + 1 - o->inputs[i]) : 0, true,
+                           err));
+    }
+    FvClipSpec spec = {.frames = o->frames, .size = o->size, .stride = o->stride, .seed = o->seed,
+                       .crop = o->center ? "center" : "none", .made_from = "videos"};
+    FV_TRY(fv_clipwriter_create(o->output, &spec, &r->writer, err));
+    for (size_t i = 0; i < r->video_count; i++) {
+        FV_TRY(take_video(r, &r->videos[i], err));
+        FV_TRY(check_signals(r, err));
+    }
+    return finish_videos(r, err);
+}
+
+/* The built-in clips as a file: training clips first, captions as bytes. */
+static FvStatus prepare_procedural(Run *r, FvError *err) {
+    const Options *o = r->options;
+    size_t all = o->clips[FV_TRAIN] + o->clips[FV_HELD_OUT];
+    FvClipSpec spec = {.frames = o->frames, .size = o->size, .stride = 1, .seed = o->seed,
+                       .crop = "none", .made_from = "procedural",
+                       .max_tokens = FV_CAPTION_TOKENS};
+    FV_TRY(fv_clipwriter_create(o->output, &spec, &r->writer, err));
+    uint8_t *split = calloc(all, 1);
+    FvStatus status = FV_OK;
+    if (!split)
+        status = FV_FAIL(err, FV_DEVICE, "prepare: out of memory for %zu clips", all);
+    for (size_t i = 0; status == FV_OK && i < all; i++) {
+        split[i] = i < o->clips[FV_TRAIN] ? FV_TRAIN : FV_HELD_OUT;
+        uint32_t index = (uint32_t)(split[i] ? i - o->clips[FV_TRAIN] : i);
+        char source[64], caption[FV_CAPTION_TOKENS + 1];
+        fv_clip_draw(o->seed, (FvSplit)split[i], index, o->frames, o->size, r->pixels, NULL, caption,
+                     sizeof caption);
+        snprintf(source, sizeof source, "procedural:%s:%u", split[i] ? "held-out" : "training",
+                 (unsigned)index);
+        status = fv_clipwriter_add(r->writer, r->pixels, source, caption, err);
+        r->clips++;
+        if (status == FV_OK)
+            status = check_signals(r, err);
+        show_progress(r, i + 1, all, "clips");
+    }
+    if (status == FV_OK) {
+        FvClipWriter *writer = r->writer;
+        r->writer = NULL;
+        status = fv_clipwriter_finish(writer, split, err);
+    }
+    free(split);
+    FV_TRY(status);
+    clear_progress(r);
+    printf("%s: %zu procedural clips of %zu frames, %zu x %zu pixels\n"
+           "training: %zu clips, held out: %zu clips\n", o->output, all, o->frames, o->size,
+           o->size, o->clips[FV_TRAIN], o->clips[FV_HELD_OUT]);
+    return FV_OK;
+}
+
+static FvStatus run(const Options *o, FvError *err) {
+    Run r = {.options = o, .terminal = isatty(STDERR_FILENO) == 1};
+    sigset_t before;
+    sigemptyset(&r.signals);
+    sigaddset(&r.signals, SIGINT);
+    sigaddset(&r.signals, SIGTERM);
+    sigaddset(&r.signals, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &r.signals, &before);
+    r.pixels = malloc(fv_mul4(o->frames, o->size, o->size, 3));
+    FvStatus status;
+    if (!r.pixels)
+        status = FV_FAIL(err, FV_DEVICE, "prepare: out of memory for a clip of %zu frames of %zu x "
+                         "%zu pixels", o->frames, o->size, o->size);
+    else
+        status = o->procedural ? prepare_procedural(&r, err) : prepare_videos(&r, err);
+    if (status != FV_OK)
+        clear_progress(&r);
+    fv_clipwriter_abandon(r.writer);
+    for (size_t i = 0; i < r.video_count; i++) {
+        free(r.videos[i].path);
+        free(r.videos[i].name);
+    }
+    free(r.videos);
+    free(r.pixels);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return status;
+}
+
+FvStatus fv_prepare(int argc, char **argv, FvError *err) {
+    Options options;
+    FV_TRY(parse(argc, argv, &options, err));
+    if (options.help) {
+        print_help();
+        return FV_OK;
+    }
+    return run(&options, err);
+}

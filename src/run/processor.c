@@ -1,0 +1,65 @@
+#include "run/processor.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "backend/backend.h"
+
+void fv_settle_blas(char **argv) {
+    const char *core = getenv("OPENBLAS_CORETYPE") ? NULL : fv_cpu_better_blas_core();
+    const char *threads = getenv("OPENBLAS_NUM_THREADS");
+    bool one_thread = threads && strcmp(threads, "1") == 0;
+    if (!core && one_thread)
+        return;
+    /* set now, so that the new process finds nothing to do: no loop */
+    if ((core && setenv("OPENBLAS_CORETYPE", core, 1) != 0) ||
+        setenv("OPENBLAS_NUM_THREADS", "1", 1) != 0)
+        return;
+    execv("/proc/self/exe", argv);
+}
+
+/* Cores first .. first + count of a set, in order. */
+static cpu_set_t part_of(const cpu_set_t *set, size_t first, size_t count) {
+    cpu_set_t part;
+    CPU_ZERO(&part);
+    size_t seen = 0;
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (!CPU_ISSET(cpu, set))
+            continue;
+        if (seen >= first && seen < first + count)
+            CPU_SET(cpu, &part);
+        seen++;
+    }
+    return part;
+}
+
+size_t fv_claim_cores(const FvWorld *world) {
+    cpu_set_t mine;
+    cpu_set_t *all = calloc(world->local_size, sizeof *all);
+    if (!all || (world->by_mpirun && sched_getaffinity(getppid(), sizeof mine, &mine) != 0) ||
+        (!world->by_mpirun && sched_getaffinity(0, sizeof mine, &mine) != 0))
+        CPU_ZERO(&mine);
+    bool shared = true;
+    if (world->local_size > 1 && all) {
+        fv_host_gather(&mine, sizeof mine, all);
+        for (size_t i = 0; i < world->local_size; i++)
+            shared = shared && CPU_EQUAL(&all[i], &mine);
+    }
+    free(all);
+    size_t cores = (size_t)CPU_COUNT(&mine);
+    if (cores == 0)
+        return 1;
+    if (shared && world->local_size > 1) {
+        size_t share = cores / world->local_size;
+        if (share == 0) { /* more ranks than cores: the system places them */
+            sched_setaffinity(0, sizeof mine, &mine);
+            return 1;
+        }
+        mine = part_of(&mine, world->local_rank * share, share);
+        cores = share;
+    }
+    sched_setaffinity(0, sizeof mine, &mine);
+    return cores;
+}
