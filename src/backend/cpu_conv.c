@@ -1,0 +1,169 @@
+/* 3 x 3 convolutions, channels last: a block of image rows is unfolded into [positions, 9 * in],
+ * small enough for the cache, and multiplied. */
+#include <string.h>
+
+#include "backend/cpu.h"
+#include "backend/cpu_math.h"
+
+enum { BLOCK_BYTES = 512 * 1024 };
+static const double flops_per_ns = 80;
+
+typedef struct Conv {
+    const FvConv *s;
+    FvCpu *cpu;
+    FvSplit blocks; /* image rows of one frame */
+    FvSplit chunks; /* frames, backward */
+    const real *x, *w, *bias, *dy;
+    real *y, *dx, *part;
+    size_t part_size;
+    bool add, dw;
+} Conv;
+
+static size_t unfolded(const FvConv *s) {
+    return fv_mul(9, s->in);
+}
+
+static FvSplit split_frame(const FvConv *s) {
+    size_t row = fv_mul3(s->width, unfolded(s), sizeof(real));
+    size_t rows = fv_max_size(1, BLOCK_BYTES / fv_max_size(1, row));
+    return (FvSplit){s->height, rows, fv_ceil_div(s->height, rows)};
+}
+
+static double flops_of(const FvConv *s) {
+    return 2.0 * (double)(s->frames * s->height * s->width) * (double)(unfolded(s) * s->out);
+}
+
+/* col[(y - first) * width + x][ky][kx][c] = image[y + ky - 1][x + kx - 1][c], 0 outside */
+static void unfold(const FvConv *s, size_t first, size_t rows, const real *image, real *col) {
+    size_t in = s->in;
+    for (size_t y = first; y < first + rows; y++)
+        for (size_t x = 0; x < s->width; x++)
+            for (size_t ky = 0; ky < 3; ky++) {
+                size_t sy = y + ky; /* one too large */
+                bool inside = sy >= 1 && sy <= s->height;
+                const real *from = image + (inside ? sy - 1 : 0) * s->width * in;
+                /* the three neighbours stand side by side: one copy where all are inside */
+                if (inside && x >= 1 && x + 2 <= s->width) {
+                    memcpy(col, from + (x - 1) * in, 3 * in * sizeof *col);
+                    col += 3 * in;
+                    continue;
+                }
+                for (size_t kx = 0; kx < 3; kx++, col += in) {
+                    size_t sx = x + kx;
+                    if (inside && sx >= 1 && sx <= s->width)
+                        memcpy(col, from + (sx - 1) * in, in * sizeof *col);
+                    else
+                        memset(col, 0, in * sizeof *col);
+                }
+            }
+}
+
+FV_SIMD static void add_to(size_t n, const real *x, real *y) {
+    for (size_t i = 0; i < n; i++)
+        y[i] += x[i];
+}
+
+/* The transpose of unfold: every unfolded value is added to where it came from. */
+FV_SIMD static void fold(const FvConv *s, size_t first, size_t rows, const real *col, real *image) {
+    size_t in = s->in;
+    for (size_t y = first; y < first + rows; y++)
+        for (size_t x = 0; x < s->width; x++)
+            for (size_t ky = 0; ky < 3; ky++)
+                for (size_t kx = 0; kx < 3; kx++, col += in) {
+                    size_t sy = y + ky, sx = x + kx;
+                    if (sy < 1 || sy > s->height || sx < 1 || sx > s->width)
+                        continue;
+                    real *to = image + ((sy - 1) * s->width + sx - 1) * in;
+                    for (size_t c = 0; c < in; c++)
+                        to[c] += col[c];
+                }
+}
+
+static void forward_tile(void *arg, size_t tile, size_t thread) {
+    const Conv *t = arg;
+    const FvConv *s = t->s;
+    size_t frame = tile / t->blocks.count, block = tile % t->blocks.count;
+    size_t first = fv_split_start(&t->blocks, block), rows = fv_split_length(&t->blocks, block);
+    size_t pixels = rows * s->width, k = unfolded(s);
+    real *col = t->cpu->own[thread].data;
+    real *y = t->y + (frame * s->height + first) * s->width * s->out;
+    unfold(s, first, rows, t->x + frame * s->height * s->width * s->in, col);
+    for (size_t p = 0; p < pixels; p++)
+        memcpy(y + p * s->out, t->bias, s->out * sizeof *y);
+    fv_gemm(false, true, pixels, s->out, k, 1, col, k, t->w, k, 1, y, s->out);
+}
+
+void fv_cpu_conv(FvBackend *backend, const FvConv *s, const real *x, const real *w,
+                 const real *bias, real *y) {
+    Conv t = {.s = s,
+              .cpu = fv_cpu(backend),
+              .blocks = split_frame(s),
+              .x = x,
+              .w = w,
+              .bias = bias,
+              .y = y};
+    size_t col = fv_mul4(t.blocks.size, s->width, unfolded(s), sizeof(real));
+    if (!fv_cpu_workspace(t.cpu, col, 0))
+        return;
+    fv_cpu_run(t.cpu, s->frames * t.blocks.count, flops_of(s) / flops_per_ns, forward_tile, &t);
+}
+
+/* One block of rows: its share of dw and dbias into `part`, its gradient folded into dx. */
+static void backward_block(const Conv *t, size_t frame, size_t block, real *col, real *part) {
+    const FvConv *s = t->s;
+    size_t first = fv_split_start(&t->blocks, block), rows = fv_split_length(&t->blocks, block);
+    size_t pixels = rows * s->width, k = unfolded(s), image = s->height * s->width;
+    const real *dy = t->dy + (frame * s->height + first) * s->width * s->out;
+    if (t->dw) {
+        unfold(s, first, rows, t->x + frame * image * s->in, col);
+        fv_gemm(true, false, s->out, k, pixels, 1, dy, s->out, col, k, 1, part, k);
+    }
+    for (size_t p = 0; p < pixels; p++)
+        add_to(s->out, dy + p * s->out, part + s->out * k);
+    if (t->dx) {
+        fv_gemm(false, false, pixels, k, s->out, 1, dy, s->out, t->w, k, 0, col, k);
+        fold(s, first, rows, col, t->dx + frame * image * s->in);
+    }
+}
+
+static void backward_tile(void *arg, size_t tile, size_t thread) {
+    const Conv *t = arg;
+    const FvConv *s = t->s;
+    size_t image = s->height * s->width * s->in;
+    real *part = t->part + tile * t->part_size;
+    size_t frame = fv_split_start(&t->chunks, tile),
+           end = frame + fv_split_length(&t->chunks, tile);
+    memset(part, 0, t->part_size * sizeof *part);
+    for (; frame < end; frame++) {
+        if (t->dx && !t->add)
+            memset(t->dx + frame * image, 0, image * sizeof *t->dx);
+        for (size_t block = 0; block < t->blocks.count; block++)
+            backward_block(t, frame, block, t->cpu->own[thread].data, part);
+    }
+}
+
+void fv_cpu_conv_back(FvBackend *backend, const FvConv *s, const real *x, const real *w,
+                      const real *dy, real *dx, bool add, real *dw, real *dbias) {
+    enum { CHUNKS = 8 };
+    size_t weights = fv_mul(s->out, unfolded(s));
+    Conv t = {.s = s,
+              .cpu = fv_cpu(backend),
+              .blocks = split_frame(s),
+              .chunks = fv_split(s->frames, CHUNKS, 1, 1),
+              .x = x,
+              .w = w,
+              .dy = dy,
+              .dx = dx,
+              .add = add,
+              .dw = dw != NULL};
+    t.part_size = fv_add(weights, s->out);
+    size_t col = fv_mul4(t.blocks.size, s->width, unfolded(s), sizeof(real));
+    if (!fv_cpu_workspace(t.cpu, col, fv_mul3(t.chunks.count, t.part_size, sizeof(real))))
+        return;
+    t.part = t.cpu->shared.data;
+    fv_cpu_run(t.cpu, t.chunks.count, 2 * flops_of(s) / flops_per_ns, backward_tile, &t);
+    if (dw)
+        fv_cpu_add_parts(t.cpu, t.chunks.count, weights, t.part_size, t.part, dw);
+    if (dbias)
+        fv_cpu_add_parts(t.cpu, t.chunks.count, s->out, t.part_size, t.part + weights, dbias);
+}

@@ -1,0 +1,129 @@
+/* The foveated query: one row of attention per frame and head. A tile is one frame. */
+#include <string.h>
+
+#include "backend/cpu.h"
+#include "backend/cpu_math.h"
+
+typedef struct Query {
+    const FvQuery *s;
+    const real *q, *k, *v, *probs_in, *dout, *dprobs;
+    real *probs, *out, *dq, *dk, *dv;
+    FvCpu *cpu;
+} Query;
+
+static double cost_of(const FvQuery *s) {
+    return (double)(s->frames * s->keys * s->heads) * (2 + 0.2 * (double)s->width);
+}
+
+/* Sets all but the top_k largest scores to -inf; of equal ones the lower index stays. A NaN is
+ * larger than nothing here and spoils the row in the softmax, as it should. */
+static void keep_largest(size_t keys, size_t top_k, real *scores, bool *kept) {
+    memset(kept, 0, keys * sizeof *kept);
+    for (size_t n = 0; n < top_k; n++) {
+        size_t best = keys;
+        for (size_t j = 0; j < keys; j++)
+            if (!kept[j] && (best == keys || scores[j] > scores[best]))
+                best = j;
+        kept[best] = true;
+    }
+    for (size_t j = 0; j < keys; j++)
+        if (!kept[j] && scores[j] == scores[j])
+            scores[j] = (real)-INFINITY;
+}
+
+FV_SIMD static void scores_of(size_t keys, size_t width, size_t stride, real scale, const real *q,
+                              const real *k, real *scores) {
+    for (size_t j = 0; j < keys; j++)
+        scores[j] = scale * fv_dot(width, q, k + j * stride);
+}
+
+FV_SIMD static void softmax(size_t n, real *p) {
+    real max = fv_max(n, p);
+    for (size_t j = 0; j < n; j++)
+        p[j] = fv_exp(p[j] - max);
+    real scale = 1 / fv_sum(n, p);
+    for (size_t j = 0; j < n; j++)
+        p[j] *= scale;
+}
+
+FV_SIMD static void add_scaled(size_t n, real scale, const real *x, real *y) {
+    for (size_t i = 0; i < n; i++)
+        y[i] += scale * x[i];
+}
+
+static void forward_tile(void *arg, size_t frame, size_t thread) {
+    const Query *t = arg;
+    const FvQuery *s = t->s;
+    size_t stride = s->heads * s->width;
+    const real *k = t->k + frame * s->keys * stride, *v = t->v + frame * s->keys * stride;
+    for (size_t h = 0; h < s->heads; h++) {
+        real *p = t->probs + (frame * s->heads + h) * s->keys;
+        real *out = t->out + frame * stride + h * s->width;
+        scores_of(s->keys, s->width, stride, (real)s->scale, t->q + frame * stride + h * s->width,
+                  k + h * s->width, p);
+        if (s->top_k > 0 && s->top_k < s->keys)
+            keep_largest(s->keys, s->top_k, p, t->cpu->own[thread].data);
+        softmax(s->keys, p);
+        memset(out, 0, s->width * sizeof *out);
+        for (size_t j = 0; j < s->keys; j++)
+            add_scaled(s->width, p[j], v + j * stride + h * s->width, out);
+    }
+}
+
+void fv_cpu_query(FvBackend *backend, const FvQuery *s, const real *q, const real *k, const real *v,
+                  real *probs, real *out) {
+    Query t = {.s = s, .q = q, .k = k, .v = v, .probs = probs, .out = out, .cpu = fv_cpu(backend)};
+    if (!fv_cpu_workspace(t.cpu, fv_mul(s->keys, sizeof(bool)), 0))
+        return;
+    fv_cpu_run(t.cpu, s->frames, cost_of(s), forward_tile, &t);
+}
+
+FV_SIMD static void score_gradients(size_t keys, size_t width, size_t stride, const real *p,
+                                    const real *v, const real *dout, const real *dprobs, real *ds) {
+    for (size_t j = 0; j < keys; j++)
+        ds[j] = fv_dot(width, dout, v + j * stride) + (dprobs ? dprobs[j] : 0);
+    real dot = fv_dot(keys, p, ds);
+    for (size_t j = 0; j < keys; j++)
+        ds[j] = p[j] * (ds[j] - dot);
+}
+
+static void backward_tile(void *arg, size_t frame, size_t thread) {
+    const Query *t = arg;
+    const FvQuery *s = t->s;
+    size_t stride = s->heads * s->width, at = frame * s->keys * stride;
+    real *ds = t->cpu->own[thread].data, scale = (real)s->scale;
+    for (size_t h = 0; h < s->heads; h++) {
+        size_t row = frame * stride + h * s->width, probs = (frame * s->heads + h) * s->keys;
+        const real *q = t->q + row, *dout = t->dout + row, *p = t->probs_in + probs;
+        size_t head = at + h * s->width;
+        real *dq = t->dq + row;
+        score_gradients(s->keys, s->width, stride, p, t->v + head, dout,
+                        t->dprobs ? t->dprobs + probs : NULL, ds);
+        memset(dq, 0, s->width * sizeof *dq);
+        for (size_t j = 0; j < s->keys; j++)
+            add_scaled(s->width, scale * ds[j], t->k + head + j * stride, dq);
+        for (size_t j = 0; t->dk && j < s->keys; j++) {
+            add_scaled(s->width, scale * ds[j], q, t->dk + head + j * stride);
+            add_scaled(s->width, p[j], dout, t->dv + head + j * stride);
+        }
+    }
+}
+
+void fv_cpu_query_back(FvBackend *backend, const FvQuery *s, const real *q, const real *k,
+                       const real *v, const real *probs, const real *dout, const real *dprobs,
+                       real *dq, real *dk, real *dv) {
+    Query t = {.s = s,
+               .q = q,
+               .k = k,
+               .v = v,
+               .probs_in = probs,
+               .dout = dout,
+               .dprobs = dprobs,
+               .dq = dq,
+               .dk = dk,
+               .dv = dv,
+               .cpu = fv_cpu(backend)};
+    if (!fv_cpu_workspace(t.cpu, fv_mul(s->keys, sizeof(real)), 0))
+        return;
+    fv_cpu_run(t.cpu, s->frames, 2 * cost_of(s), backward_tile, &t);
+}
