@@ -41,7 +41,7 @@ PARTS := $(filter-out src/main.c,$(SOURCES))
 # The part of the program whose mathematics is proved in double.
 PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file%,$(PARTS))
 TESTS := $(sort $(wildcard tests/unit/test_*.c))
-TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c))
+TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
 C_FILES := $(SOURCES) $(wildcard src/*/*.h tests/unit/*.[ch])
 
@@ -51,7 +51,7 @@ CPPFLAGS += -D_GNU_SOURCE -Isrc -I$(B) $(if $(FFMPEG_FOUND),-DFV_FFMPEG) $(MPI_C
 LIBS := $(MPI_LIBS) $(HDF5_LIBS) $(OPENBLAS_LIBS) $(YAML_LIBS) $(JANSSON_LIBS) $(XXHASH_LIBS) \
         $(if $(FFMPEG_FOUND),$(FFMPEG_LIBS)) -lpthread -lm
 # Sums keep their order; only errno and trap flags, which nothing reads, are given up.
-LANGUAGE := -std=c11 -fno-math-errno -fno-trapping-math $(WARNINGS)
+LANGUAGE := -std=c11 -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARNINGS)
 
 # --- program -------------------------------------------------------------------------------------
 all: fovea

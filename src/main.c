@@ -36,6 +36,7 @@ static void catch_signals(void) {
     sigaction(SIGTERM, &action, NULL);
     action.sa_flags = SA_RESTART | (int)SA_RESETHAND; /* a second Ctrl-C ends at once */
     sigaction(SIGINT, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN); /* a file size limit is a write error like a full disk */
 }
 
 static void print_help(void) {

@@ -27,7 +27,15 @@ typedef struct FvError {
 FvStatus fv_fail_at(FvError *err, FvStatus status, const char *file, int line, const char *format,
                     ...) __attribute__((format(printf, 5, 6)));
 
-#define FV_FAIL(err, status, ...) fv_fail_at((err), (status), __FILE__, __LINE__, __VA_ARGS__)
+/* The value is `status` as it stands at the call, so that static analysers see which way a function
+ * has failed. */
+static inline FvStatus fv_second(FvStatus filled, FvStatus status) {
+    (void)filled;
+    return status;
+}
+
+#define FV_FAIL(err, status, ...)                                                                  \
+    fv_second(fv_fail_at((err), (status), __FILE__, __LINE__, __VA_ARGS__), (status))
 
 /* Passes a failure of `call` on to the caller. */
 #define FV_TRY(call)                                                                               \

@@ -10,15 +10,15 @@
 #include "run/data.h"
 
 enum {
-    UNIT = 16384,     /* units per frame side */
-    TURN = 1024,      /* angle steps per turn */
-    ONE = 16384,      /* fixed-point 1.0 of sine and cosine */
-    MAX_SIDE = 4096,  /* pixels: the configuration's limit for image_size */
-    MAX_BODIES = 5,   /* objects apart from the beacon */
-    LATTICE = 32,     /* points per side of the background's noise, which repeats */
-    PAN = UNIT / 16,  /* camera motion per frame while it pans */
-    PAN_FRAMES = 2,   /* frames that a pan lasts */
-    LIGHTS = 3,       /* light levels */
+    UNIT = 16384,    /* units per frame side */
+    TURN = 1024,     /* angle steps per turn */
+    ONE = 16384,     /* fixed-point 1.0 of sine and cosine */
+    MAX_SIDE = 4096, /* pixels: the configuration's limit for image_size */
+    MAX_BODIES = 5,  /* objects apart from the beacon */
+    LATTICE = 32,    /* points per side of the background's noise, which repeats */
+    PAN = UNIT / 16, /* camera motion per frame while it pans */
+    PAN_FRAMES = 2,  /* frames that a pan lasts */
+    LIGHTS = 3,      /* light levels */
     WORD = 16
 };
 
@@ -68,8 +68,8 @@ typedef struct Body { /* a moving textured object */
 typedef struct Event { /* change of the whole frame */
     size_t frame;      /* the first that shows it */
     bool pan, announced;
-    Side side;         /* pan: where the camera goes */
-    int light;         /* otherwise: the new level */
+    Side side; /* pan: where the camera goes */
+    int light; /* otherwise: the new level */
 } Event;
 
 typedef struct Scene {
@@ -249,7 +249,7 @@ static void advance_scene(Scene *s, size_t frame) {
 
 typedef struct Canvas {
     size_t size;
-    const int32_t *centre; /* [size]: units of the pixels' centres */
+    const int32_t *centre;  /* [size]: units of the pixels' centres */
     uint8_t *pixels, *mask; /* [size, size, 3], [size, size] or NULL */
 } Canvas;
 
@@ -358,8 +358,9 @@ static void draw_body(const Scene *s, const Body *b, uint8_t id, const int32_t *
             bool ring = core && depth < b->radius / 3;
             uint8_t *p = to->pixels + (y * to->size + x) * 3;
             for (int i = 0; i < 3; i++) {
-                int32_t ink = core ? (ring ? (depth < b->radius / 6 ? 20 : 245) : core[i])
-                                   : (b->colour->rgb[i] * (256 - share) + b->second[i] * share) / 256;
+                int32_t ink =
+                    core ? (ring ? (depth < b->radius / 6 ? 20 : 245) : core[i])
+                         : (b->colour->rgb[i] * (256 - share) + b->second[i] * share) / 256;
                 p[i] = (uint8_t)((p[i] * (256 - cover) + ink * cover) / 256);
             }
             if (to->mask && cover >= 128)

@@ -104,8 +104,43 @@ typedef struct FvKey {
 /* The table in the order above; ends with name NULL. */
 const FvKey *fv_config_keys(void);
 
+/* The key of that name; NULL when there is none. */
+const FvKey *fv_config_find(const char *name);
+
+/* The defaults of the table, with scale still "auto". */
+const FvConfig *fv_config_defaults(void);
+
+/* Sets the keys that the preset of config->scale ("small" or "seed") gives other values than the
+ * table. */
+void fv_config_preset(FvConfig *);
+
+/* Sets a key from text. FV_USAGE tells `where` ("file:line", "command line: ..."), key, text, what
+ * is allowed and the default. */
+FvStatus fv_config_set(FvConfig *, const FvKey *, const char *text, const char *where, FvError *);
+
+/* Refuses values that are allowed each alone but not together, sizes of the model included. The
+ * message names the keys; the caller puts file and experiment before it. */
+FvStatus fv_config_check(const FvConfig *, FvError *);
+
+/* Nearest of the names offered to the one that was written: start from {wanted, NULL, 0}. `name`
+ * stays NULL while nothing offered looks like a slip of the pen. */
+typedef struct FvNearest {
+    const char *wanted, *name;
+    size_t distance; /* of name: letters changed, added or left out */
+} FvNearest;
+
+void fv_nearest_offer(FvNearest *, const char *name);
+
+/* Copies text for a message: at most size - 1 bytes, cut between characters and then ending in
+ * "...", without control characters. Returns out. */
+const char *fv_shown(const char *text, char *out, size_t size);
+
+/* Whether text is UTF-8 without control characters: what YAML, terminals and HDF5 readers can all
+ * show. */
+bool fv_printable(const char *text);
+
 /* Value of a key as text (numbers with %.17g shortened where that round-trips, flags as
- * true/false; `vision` as on/off). */
+ * true/false; `vision` as on/off); FV_TEXT bytes hold any. */
 void fv_config_format(const FvConfig *, const FvKey *, char *out, size_t size);
 
 /* Prints every key with its default, range and help (for --help). */
@@ -119,7 +154,7 @@ typedef struct FvExperiment {
 typedef struct FvStudy {
     char name[FV_NAME];        /* `study:` of the file, or the file's name without .yaml */
     char path[FV_TEXT];        /* the file read */
-    char *source;              /* its text */
+    char *source;              /* its text, UTF-8 */
     FvExperiment *experiments; /* in the file's order */
     size_t experiment_count;
     uint64_t *seeds;
@@ -127,11 +162,13 @@ typedef struct FvStudy {
 } FvStudy;
 
 /* Reads a study: `study:` NAME, `base:` mapping of keys, `experiments:` mapping of NAME to a
- * mapping of keys, `seeds:` list. Values come, later over earlier, from: the table, the scale's
+ * mapping of keys, `seeds:` list (default [0]). Names hold letters, digits and . _ - (they become
+ * folders and HDF5 groups). Values come, later over earlier, from: the table, the scale's
  * preset, base, key=value of `overrides`, the experiment's own keys, NAME.key=value of
  * `overrides`. auto_scale ("small" or "seed") is what `scale: auto` becomes. Unknown keys (with
  * the nearest name), wrong types and values out of range fail with file, line, key and what is
- * allowed. */
+ * allowed: FV_USAGE, or FV_DEVICE when memory is out. `overrides` may also hold seeds=0,1,2 and
+ * study=NAME. On failure *out is empty and needs no free. */
 FvStatus fv_study_load(const char *path, const char *const *overrides, size_t override_count,
                        const char *auto_scale, FvStudy *out, FvError *err);
 void fv_study_free(FvStudy *);
@@ -141,12 +178,14 @@ void fv_study_free(FvStudy *);
 char *fv_study_format(const FvStudy *);
 
 /* Compares a resolved study kept in OUT with the one asked for: FV_USAGE naming the first keys
- * that differ with both values. Keys that cannot change results (checkpoint_steps,
- * checkpoint_seconds) and added experiments or seeds are no difference. */
+ * that differ with both values, or an experiment or seed that is kept there and no longer asked
+ * for. Keys that cannot change results (checkpoint_steps, checkpoint_seconds), the study's name,
+ * the order and added experiments or seeds are no difference. */
 FvStatus fv_study_same(const char *kept_path, const FvStudy *asked, FvError *err);
 
 /* Sizes and switches of the model that one rank trains: batch / ranks clips, `hard_attn_k` scaled
- * to this grid, max_text from the data. */
+ * to this grid, max_text from the data. FV_USAGE when ranks do not divide the batch or no model
+ * can have these sizes. */
 FvStatus fv_config_model(const FvConfig *, size_t ranks, size_t max_text, FvModelConfig *,
                          FvError *err);
 

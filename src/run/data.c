@@ -10,7 +10,7 @@
 
 #include "base/memory.h"
 #include "model/config.h"
-#include "run/clipfile.h"
+#include "run/data_file.h"
 #include "run/sha256.h"
 
 enum {
@@ -24,11 +24,11 @@ struct FvData {
     FvDataInfo info;
     bool procedural, captions;
     uint64_t seed;
-    FvClipFile file;     /* the file source */
-    size_t clips;        /* of both splits */
-    uint32_t *number[2]; /* [count of the split]: number of each of its clips */
-    uint8_t *pixels;     /* [clips, T, S, S, 3], or NULL: drawn or read when asked for */
-    real *latents;       /* of the file, [clips, T, S/8, S/8, 4]; NULL as pixels is */
+    FvClipFile file;               /* the file source */
+    size_t clips;                  /* of both splits */
+    uint32_t *number[2];           /* [count of the split]: number of each of its clips */
+    uint8_t *pixels;               /* [clips, T, S, S, 3], or NULL: drawn or read when asked for */
+    real *latents;                 /* of the file, [clips, T, S/8, S/8, 4]; NULL as pixels is */
     int32_t *tokens, *token_count; /* [clips, max_tokens], [clips]; NULL without captions */
     double mean[FV_LATENT_CHANNELS], scale[FV_LATENT_CHANNELS]; /* block targets */
 };
@@ -104,7 +104,8 @@ FvStatus fv_data_read(FvData *d, FvSplit split, uint32_t clip, FvBatch *batch, s
     return FV_OK;
 }
 
-/* --- opening: work on every clip, over the processors that this rank may use ------------------- */
+/* --- opening: work on every clip, over the processors that this rank may use -------------------
+ */
 
 typedef struct Work {
     FvData *data;
@@ -199,7 +200,7 @@ static void set_standard(FvData *d, const double *sums) {
     for (size_t i = 0; i < d->info.count[FV_TRAIN]; i++)
         for (size_t c = 0; c < 2 * FV_LATENT_CHANNELS; c++)
             total[c] += sums[(size_t)d->number[FV_TRAIN][i] * 2 * FV_LATENT_CHANNELS + c];
-    double n = (double)(d->info.count[FV_TRAIN] * (clip_latents(d) / FV_LATENT_CHANNELS));
+    double n = (double)(d->info.count[FV_TRAIN] * clip_latents(d)) / FV_LATENT_CHANNELS;
     for (size_t c = 0; c < FV_LATENT_CHANNELS; c++) {
         d->mean[c] = total[c] / n;
         double variance = total[FV_LATENT_CHANNELS + c] / n - d->mean[c] * d->mean[c];
@@ -232,7 +233,8 @@ static FvStatus describe(FvData *d, const FvConfig *config, FvError *err) {
     snprintf(d->info.source, sizeof d->info.source, "%s", config->data);
     if (d->procedural) {
         if (!strcmp(config->latents, "file"))
-            return FV_FAIL(err, FV_DATA, "latents=file needs a clips.h5 with /latents, data is "
+            return FV_FAIL(err, FV_DATA,
+                           "latents=file needs a clips.h5 with /latents, data is "
                            "procedural: set latents=blocks or data=FILE");
         d->info.count[FV_TRAIN] = config->clips_train;
         d->info.count[FV_HELD_OUT] = config->clips_held_out;
@@ -274,13 +276,15 @@ static FvStatus number_clips(FvData *d, size_t batch, FvError *err) {
     FV_TRY(status);
     for (int s = FV_TRAIN; s <= FV_HELD_OUT; s++)
         if (d->info.count[s] == 0)
-            return FV_FAIL(err, FV_DATA, "%s: no %s clips (/split is nowhere %d): prepare the file "
-                           "again, from two videos or more", d->info.source,
-                           s ? "held-out" : "training", s);
+            return FV_FAIL(err, FV_DATA,
+                           "%s: no %s clips (/split is nowhere %d): prepare the file "
+                           "again, from two videos or more",
+                           d->info.source, s ? "held-out" : "training", s);
     if (batch > d->info.count[FV_TRAIN])
-        return FV_FAIL(err, FV_DATA, "%s: a step needs batch=%zu clips, there are %zu for training: "
-                       "set a smaller batch or give more clips", d->info.source, batch,
-                       d->info.count[FV_TRAIN]);
+        return FV_FAIL(err, FV_DATA,
+                       "%s: a step needs batch=%zu clips, there are %zu for training: "
+                       "set a smaller batch or give more clips",
+                       d->info.source, batch, d->info.count[FV_TRAIN]);
     return FV_OK;
 }
 
@@ -321,9 +325,10 @@ static FvStatus load_file(FvData *d, size_t vocabulary, FvError *err) {
 static FvStatus check_vocabulary(const FvData *d, size_t vocabulary, FvError *err) {
     for (size_t i = 0; d->captions && i < d->clips * d->info.max_tokens; i++)
         if ((size_t)d->tokens[i] >= vocabulary)
-            return FV_FAIL(err, FV_DATA, "procedural captions: token %d, the language model's "
-                           "vocabulary has %zu tokens: set lm_vocab=256", (int)d->tokens[i],
-                           vocabulary);
+            return FV_FAIL(err, FV_DATA,
+                           "procedural captions: token %d, the language model's "
+                           "vocabulary has %zu tokens: set lm_vocab=256",
+                           (int)d->tokens[i], vocabulary);
     return FV_OK;
 }
 
@@ -334,9 +339,10 @@ static FvStatus sum_procedural(FvData *d, FvError *err) {
         return FV_FAIL(err, FV_DEVICE, "out of memory for one procedural clip");
     draw(d, 0, pixels, NULL);
     char recipe[192];
-    int n = snprintf(recipe, sizeof recipe, "seed %llu train %zu held-out %zu frames %zu size %zu\n",
-                     (unsigned long long)d->seed, d->info.count[FV_TRAIN],
-                     d->info.count[FV_HELD_OUT], d->info.frames, d->info.size);
+    int n =
+        snprintf(recipe, sizeof recipe, "seed %llu train %zu held-out %zu frames %zu size %zu\n",
+                 (unsigned long long)d->seed, d->info.count[FV_TRAIN], d->info.count[FV_HELD_OUT],
+                 d->info.frames, d->info.size);
     FvSha256 sum;
     fv_sha256_start(&sum);
     fv_sha256_add(&sum, recipe, (size_t)n);
@@ -375,8 +381,8 @@ static FvStatus fill(FvData *d, const FvConfig *config, FvError *err) {
 static FvData *create(void) {
     FvData *d = calloc(1, sizeof *d);
     if (d)
-        d->file = (FvClipFile){.file = -1, .pixels = -1, .latents = -1, .tokens = -1,
-                               .token_count = -1, .split = -1};
+        d->file = (FvClipFile){
+            .file = -1, .pixels = -1, .latents = -1, .tokens = -1, .token_count = -1, .split = -1};
     return d;
 }
 

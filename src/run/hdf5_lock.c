@@ -29,7 +29,8 @@ void fv_hdf5_reason(char *out, size_t size) {
         snprintf(out, size, "unknown reason");
         return;
     }
-    /* system errors read "file write failed: time = ..., error message = 'No space ...', buf = 0x" */
+    /* system errors read "file write failed: time = ..., error message = 'No space ...', buf = 0x"
+     */
     const char *mark = "error message = '", *start = strstr(reason, mark);
     if (start) {
         start += strlen(mark);

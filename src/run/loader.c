@@ -53,8 +53,10 @@ FvStatus fv_batch_create(size_t clips, const FvDataInfo *info, size_t max_text, 
                          FvError *err) {
     *out = (FvBatch){.clips = clips, .max_text = max_text};
     if (clips == 0 || max_text < info->max_tokens)
-        return FV_FAIL(err, FV_DATA, "%s: captions have up to %zu tokens, the batch holds %zu clips "
-                       "with up to %zu", info->source, info->max_tokens, clips, max_text);
+        return FV_FAIL(err, FV_DATA,
+                       "%s: captions have up to %zu tokens, the batch holds %zu clips "
+                       "with up to %zu",
+                       info->source, info->max_tokens, clips, max_text);
     FvArena arena = {0};
     carve(&arena, clips, info, max_text, out);
     arena.base = aligned_alloc(FV_ALIGN, arena.used);
@@ -86,8 +88,8 @@ struct FvLoader {
     pthread_t thread;
     bool running, mutex_ready, change_ready; /* what stop has to undo */
     pthread_mutex_t mutex;
-    pthread_cond_t change;  /* of anything below */
-    uint64_t read, taken;   /* batches since the start; batch i lies at ring[i % RING] */
+    pthread_cond_t change; /* of anything below */
+    uint64_t read, taken;  /* batches since the start; batch i lies at ring[i % RING] */
     bool stop;
     FvStatus status; /* of the reader: the first failure, after which it has ended */
     FvError error;

@@ -18,8 +18,8 @@
 
 #include "base/memory.h"
 #include "base/rng.h"
-#include "run/clipwriter.h"
 #include "run/data.h"
+#include "run/data_writer.h"
 #include "run/files.h"
 #include "run/video.h"
 
@@ -35,9 +35,9 @@ typedef struct Options {
 } Options;
 
 typedef struct Video {
-    char *path, *name;   /* name: the path below the folder given, or the file's own name */
-    bool named;          /* on the command line, not found in a folder */
-    dev_t device;        /* with inode: the same file under two names counts once */
+    char *path, *name; /* name: the path below the folder given, or the file's own name */
+    bool named;        /* on the command line, not found in a folder */
+    dev_t device;      /* with inode: the same file under two names counts once */
     ino_t inode;
     size_t first, clips; /* its clips in the file */
     uint64_t draw;       /* the videos with the lowest are held out */
@@ -51,8 +51,8 @@ typedef struct Run {
     FvClipWriter *writer;
     uint8_t *pixels; /* one clip */
     sigset_t signals;
-    bool terminal;   /* progress is a line that is written over */
-    time_t shown;    /* when progress was last printed */
+    bool terminal; /* progress is a line that is written over */
+    time_t shown;  /* when progress was last printed */
 } Run;
 
 /* --- command line ----------------------------------------------------------------------------- */
@@ -124,7 +124,7 @@ static FvStatus take_option(int key, Options *o, FvError *err) {
         return FV_OK;
     case CROP:
         o->center = !strcmp(optarg, "center");
-        if (!o->center && strcmp(optarg, "none"))
+        if (!o->center && strcmp(optarg, "none") != 0)
             return FV_FAIL(err, FV_USAGE, "prepare: --crop=%s: needs center or none", optarg);
         return FV_OK;
     case HELD_OUT:
@@ -141,8 +141,10 @@ static FvStatus take_option(int key, Options *o, FvError *err) {
         o->help = true;
         return FV_OK;
     default:
-        return FV_FAIL(err, FV_USAGE, "prepare: option %s is not known or lacks its value: see "
-                       "fovea prepare --help", optarg);
+        return FV_FAIL(err, FV_USAGE,
+                       "prepare: option %s is not known or lacks its value: see "
+                       "fovea prepare --help",
+                       optarg);
     }
 }
 
@@ -160,8 +162,8 @@ static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
         {"clips-held-out", required_argument, NULL, CLIPS_HELD_OUT},
         {"help", no_argument, NULL, HELP},
         {NULL, 0, NULL, 0}};
-    *o = (Options){.frames = 8, .stride = 2, .size = 64, .held_out = 0.1, .center = true,
-                   .clips = {813, 64}};
+    *o = (Options){
+        .frames = 8, .stride = 2, .size = 64, .held_out = 0.1, .center = true, .clips = {813, 64}};
     optind = 0; /* a fresh scan */
     opterr = 0;
     for (int key; (key = getopt_long(argc, argv, "o:", table, NULL)) != -1;) {
@@ -174,7 +176,8 @@ static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
     if (o->help)
         return FV_OK;
     if (o->input_count == 0)
-        return FV_FAIL(err, FV_USAGE, "prepare: name videos or folders, or `procedural`: see fovea "
+        return FV_FAIL(err, FV_USAGE,
+                       "prepare: name videos or folders, or `procedural`: see fovea "
                        "prepare --help");
     if (!o->output || !*o->output)
         return FV_FAIL(err, FV_USAGE, "prepare: name the file to write with -o clips.h5");
@@ -237,8 +240,11 @@ static FvStatus add_video(Run *r, const char *path, const char *name, bool named
         r->capacity = capacity;
     }
     Video *v = &r->videos[r->video_count];
-    *v = (Video){.path = strdup(path), .name = strdup(name), .named = named,
-                 .device = info->st_dev, .inode = info->st_ino};
+    *v = (Video){.path = strdup(path),
+                 .name = strdup(name),
+                 .named = named,
+                 .device = info->st_dev,
+                 .inode = info->st_ino};
     r->video_count++;
     if (!v->path || !v->name)
         return FV_FAIL(err, FV_DEVICE, "prepare: out of memory for the list of videos");
@@ -254,7 +260,7 @@ static int by_name(const struct dirent **a, const struct dirent **b) {
  * to folders (which could lead round in circles), are passed over. prefix: bytes of path before the
  * part that names the video. */
 static FvStatus find_videos(Run *r, const char *path, size_t prefix, bool named, FvError *err) {
-    struct stat info;
+    struct stat info = {0};
     if ((named ? stat : lstat)(path, &info) != 0)
         return FV_FAIL(err, FV_DATA, "%s: %s: name videos or folders", path, strerror(errno));
     if (!named && S_ISLNK(info.st_mode) && (stat(path, &info) != 0 || S_ISDIR(info.st_mode)))
@@ -285,9 +291,9 @@ static FvStatus find_videos(Run *r, const char *path, size_t prefix, bool named,
 
 /* Whether a file that cannot be read was meant to be a video: only then is it worth a line. */
 static bool looks_like_video(const char *path) {
-    static const char endings[][6] = {"3gp", "apng", "avi",  "flv", "gif", "m2ts", "m4v", "mkv",
-                                      "mov", "mp4",  "mpeg", "mpg", "mts", "ogv",  "ts",  "vob",
-                                      "webm", "webp", "wmv", "y4m"};
+    static const char endings[][6] = {"3gp", "apng", "avi",  "flv",  "gif", "m2ts", "m4v",
+                                      "mkv", "mov",  "mp4",  "mpeg", "mpg", "mts",  "ogv",
+                                      "ts",  "vob",  "webm", "webp", "wmv", "y4m"};
     const char *dot = strrchr(path, '.');
     for (size_t i = 0; dot && i < sizeof endings / sizeof *endings; i++)
         if (!strcasecmp(dot + 1, endings[i]))
@@ -387,7 +393,8 @@ static size_t split_videos(Run *r, uint8_t *split) {
             if (v->clips && !split[v->first] && (!lowest || v->draw < lowest->draw))
                 lowest = v;
         }
-        memset(split + lowest->first, FV_HELD_OUT, lowest->clips);
+        if (lowest) /* always: fewer are wanted than have clips */
+            memset(split + lowest->first, FV_HELD_OUT, lowest->clips);
     }
     return wanted;
 }
@@ -395,9 +402,11 @@ static size_t split_videos(Run *r, uint8_t *split) {
 static FvStatus finish_videos(Run *r, FvError *err) {
     const Options *o = r->options;
     if (r->clips == 0)
-        return FV_FAIL(err, FV_DATA, "prepare: no clips: of %zu files %zu are unreadable, %zu too "
-                       "short for %zu frames at stride %zu, %zu no videos", r->video_count,
-                       r->unreadable, r->too_short, o->frames, o->stride, r->others);
+        return FV_FAIL(err, FV_DATA,
+                       "prepare: no clips: of %zu files %zu are unreadable, %zu too "
+                       "short for %zu frames at stride %zu, %zu no videos",
+                       r->video_count, r->unreadable, r->too_short, o->frames, o->stride,
+                       r->others);
     uint8_t *split = calloc(r->clips, 1);
     if (!split)
         return FV_FAIL(err, FV_DEVICE, "prepare: out of memory for %zu clips", r->clips);
@@ -430,8 +439,12 @@ static FvStatus prepare_videos(Run *r, FvError *err) {
         FV_TRY(find_videos(r, o->inputs[i], slash ? (size_t)(slash + 1 - o->inputs[i]) : 0, true,
                            err));
     }
-    FvClipSpec spec = {.frames = o->frames, .size = o->size, .stride = o->stride, .seed = o->seed,
-                       .crop = o->center ? "center" : "none", .made_from = "videos"};
+    FvClipSpec spec = {.frames = o->frames,
+                       .size = o->size,
+                       .stride = o->stride,
+                       .seed = o->seed,
+                       .crop = o->center ? "center" : "none",
+                       .made_from = "videos"};
     FV_TRY(fv_clipwriter_create(o->output, &spec, &r->writer, err));
     for (size_t i = 0; i < r->video_count; i++) {
         FV_TRY(take_video(r, &r->videos[i], err));
@@ -444,8 +457,12 @@ static FvStatus prepare_videos(Run *r, FvError *err) {
 static FvStatus prepare_procedural(Run *r, FvError *err) {
     const Options *o = r->options;
     size_t all = o->clips[FV_TRAIN] + o->clips[FV_HELD_OUT];
-    FvClipSpec spec = {.frames = o->frames, .size = o->size, .stride = 1, .seed = o->seed,
-                       .crop = "none", .made_from = "procedural",
+    FvClipSpec spec = {.frames = o->frames,
+                       .size = o->size,
+                       .stride = 1,
+                       .seed = o->seed,
+                       .crop = "none",
+                       .made_from = "procedural",
                        .max_tokens = FV_CAPTION_TOKENS};
     FV_TRY(fv_clipwriter_create(o->output, &spec, &r->writer, err));
     uint8_t *split = calloc(all, 1);
@@ -456,8 +473,8 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
         split[i] = i < o->clips[FV_TRAIN] ? FV_TRAIN : FV_HELD_OUT;
         uint32_t index = (uint32_t)(split[i] ? i - o->clips[FV_TRAIN] : i);
         char source[64], caption[FV_CAPTION_TOKENS + 1];
-        fv_clip_draw(o->seed, (FvSplit)split[i], index, o->frames, o->size, r->pixels, NULL, caption,
-                     sizeof caption);
+        fv_clip_draw(o->seed, (FvSplit)split[i], index, o->frames, o->size, r->pixels, NULL,
+                     caption, sizeof caption);
         snprintf(source, sizeof source, "procedural:%s:%u", split[i] ? "held-out" : "training",
                  (unsigned)index);
         status = fv_clipwriter_add(r->writer, r->pixels, source, caption, err);
@@ -475,8 +492,8 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
     FV_TRY(status);
     clear_progress(r);
     printf("%s: %zu procedural clips of %zu frames, %zu x %zu pixels\n"
-           "training: %zu clips, held out: %zu clips\n", o->output, all, o->frames, o->size,
-           o->size, o->clips[FV_TRAIN], o->clips[FV_HELD_OUT]);
+           "training: %zu clips, held out: %zu clips\n",
+           o->output, all, o->frames, o->size, o->size, o->clips[FV_TRAIN], o->clips[FV_HELD_OUT]);
     return FV_OK;
 }
 
@@ -491,8 +508,10 @@ static FvStatus run(const Options *o, FvError *err) {
     r.pixels = malloc(fv_mul4(o->frames, o->size, o->size, 3));
     FvStatus status;
     if (!r.pixels)
-        status = FV_FAIL(err, FV_DEVICE, "prepare: out of memory for a clip of %zu frames of %zu x "
-                         "%zu pixels", o->frames, o->size, o->size);
+        status = FV_FAIL(err, FV_DEVICE,
+                         "prepare: out of memory for a clip of %zu frames of %zu x "
+                         "%zu pixels",
+                         o->frames, o->size, o->size);
     else
         status = o->procedural ? prepare_procedural(&r, err) : prepare_videos(&r, err);
     if (status != FV_OK)

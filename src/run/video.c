@@ -17,8 +17,9 @@ struct FvVideo {
     AVCodecContext *codec;
     AVPacket *packet;
     AVFrame *frame;
-    struct SwsContext *scale; /* fits the last frame's format and size; made anew when they change */
-    uint8_t *rgba;            /* [size, size, 4]: what swscale writes */
+    struct SwsContext
+        *scale;    /* fits the last frame's format and size; made anew when they change */
+    uint8_t *rgba; /* [size, size, 4]: what swscale writes */
     size_t size;
     int stream, turns; /* quarter turns clockwise that put the picture upright */
     bool center, draining;
@@ -41,9 +42,9 @@ static FvStatus fail_av(FvError *err, int code) {
 static int quarter_turns(const AVStream *stream) {
     const uint8_t *matrix = NULL;
 #if LIBAVCODEC_VERSION_INT >= AV_VERSION_INT(60, 31, 100)
-    const AVPacketSideData *side = av_packet_side_data_get(
-        stream->codecpar->coded_side_data, stream->codecpar->nb_coded_side_data,
-        AV_PKT_DATA_DISPLAYMATRIX);
+    const AVPacketSideData *side =
+        av_packet_side_data_get(stream->codecpar->coded_side_data,
+                                stream->codecpar->nb_coded_side_data, AV_PKT_DATA_DISPLAYMATRIX);
     matrix = side ? side->data : NULL;
 #else
     matrix = av_stream_get_side_data(stream, AV_PKT_DATA_DISPLAYMATRIX, NULL);
@@ -161,16 +162,15 @@ static FvStatus scale(FvVideo *v, AVFrame *f, FvError *err) {
         return fail_av(err, code);
     /* averaging when the picture gets smaller, bicubic when it gets larger */
     int how = f->width > size ? SWS_AREA : SWS_BICUBIC;
-    v->scale = sws_getCachedContext(v->scale, f->width, f->height, f->format, size, size,
-                                    AV_PIX_FMT_RGBA,
-                                    how | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT | SWS_BITEXACT,
-                                    NULL, NULL, NULL);
+    v->scale = sws_getCachedContext(
+        v->scale, f->width, f->height, f->format, size, size, AV_PIX_FMT_RGBA,
+        how | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT | SWS_BITEXACT, NULL, NULL, NULL);
     if (!v->scale)
         return FV_FAIL(err, FV_DATA, "pictures in a format that cannot be converted");
-    const int *from = sws_getCoefficients(f->colorspace == AVCOL_SPC_UNSPECIFIED ||
-                                                  f->colorspace == AVCOL_SPC_RGB
-                                              ? SWS_CS_DEFAULT
-                                              : (int)f->colorspace);
+    const int *from =
+        sws_getCoefficients(f->colorspace == AVCOL_SPC_UNSPECIFIED || f->colorspace == AVCOL_SPC_RGB
+                                ? SWS_CS_DEFAULT
+                                : (int)f->colorspace);
     /* refused for formats without luma, where nothing has to be set */
     sws_setColorspaceDetails(v->scale, from, f->color_range == AVCOL_RANGE_JPEG,
                              sws_getCoefficients(SWS_CS_DEFAULT), 1, 0, 1 << 16, 1 << 16);
@@ -211,7 +211,8 @@ FvStatus fv_video_next(FvVideo *v, uint8_t *pixels, bool *end, FvError *err) {
 #else
 
 static FvStatus unavailable(FvError *err) {
-    return FV_FAIL(err, FV_USAGE, "this build reads no videos: install libavformat-dev "
+    return FV_FAIL(err, FV_USAGE,
+                   "this build reads no videos: install libavformat-dev "
                    "libavcodec-dev libswscale-dev libavutil-dev and build again");
 }
 

@@ -59,7 +59,7 @@ def encoder_difference(p: model.Params) -> float:
     )
     theirs = load(Dinov2Model, config, under(p, "dino."))
     frames = torch.randint(0, 256, (1, 2, c.size, c.size, 3), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).double() for v in (model.PIXEL_MEAN, model.PIXEL_STD))
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (model.PIXEL_MEAN, model.PIXEL_STD))
     pixels = (frames[0].double() / 255 - mean) / std
     pixels = pixels[:, : grid * c.patch, : grid * c.patch].permute(0, 3, 1, 2)
     expected = theirs(pixel_values=pixels).last_hidden_state

@@ -26,6 +26,9 @@ STUDY = {"lr": 3e-5, "weight_decay": 0.01}
 # A run from weights perturbed by rounding must end at the same place to this, relative to each
 # parameter's change; the comparison at 1e-8 means something only then.
 CHAOS_LIMIT = 1e-9
+# No clip of a step may be nearer to the kink of the entropy hinge than this many nats, or rounding
+# to single precision could switch its gradient.
+KINK_LIMIT = 1e-3
 
 SIZES = Sizes(
     clips=3,
@@ -66,9 +69,7 @@ STUDIED = {
     "D_freeze_dino": Switches(freeze_dino=True),
     "E_hard_attn": Switches(hard_attn_k=4),
     "F_entropy_reg": Switches(entropy_margin=0.5),
-    "G_combined_best": Switches(
-        temperature=0.1, contrastive=0.1, freeze_dino=True, hard_attn_k=4
-    ),
+    "G_combined_best": Switches(temperature=0.1, contrastive=0.1, freeze_dino=True, hard_attn_k=4),
 }
 
 
@@ -94,7 +95,7 @@ def all_cases() -> list[Case]:
         Case("captions_shallow_lambda", captions_shallow, False),
         Case("freeze_lm", Switches(freeze_lm=True), True),
         Case("vision_off", Switches(vision=False), False),
-        Case("one_frame", Switches(), True, frames=1),
+        Case("one_frame", Switches(contrastive=0.1), True, frames=1),
     ]
 
 
@@ -183,7 +184,8 @@ class Job:
 
     def train(self, dtype: torch.dtype, lr: float, weight_decay: float, jitter: float = 0) -> dict:
         """Trains for all batches. Returns `series` [steps] by name, the first step's unclipped
-        `grad` and the total `change` by parameter, all as float64 arrays."""
+        `grad` and the total `change` by parameter, and `hinge` [steps, clips], what goes into the
+        entropy hinge; all as float64 arrays."""
         p = self.parameters(dtype)
         noise = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -193,8 +195,11 @@ class Job:
         trained = [p[name] for name in self.trained]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, foreach=False)
         series: dict[str, list[float]] = {}
+        hinge = []
         for step in range(STEPS):
-            measures = model.step_measures(self.forward(p, step), self.switches)
+            found = self.forward(p, step)
+            measures = model.step_measures(found, self.switches)
+            hinge.append(model.hinge_inputs(found, self.switches).detach().double().numpy())
             optimizer.zero_grad()
             measures["loss_total"].backward()
             if step == 0:
@@ -209,6 +214,7 @@ class Job:
             "series": {name: np.array(v) for name, v in series.items()},
             "grad": grad,
             "change": change,
+            "hinge": np.array(hinge),
         }
 
     def check_trained(self, p: Params) -> None:
@@ -250,6 +256,14 @@ def find_latent_scale(case: Case, start: dict, data: dict) -> tuple[float, dict]
     raise AssertionError(f"{case.name}: no latent scale gives the wanted gradient norms: {norm}")
 
 
+def check_hinge(case: Case, large: dict, study: dict) -> None:
+    """The entropy hinge must be met on both sides of its kink, and never at it."""
+    if case.switches.entropy_margin > 0:
+        inputs = np.concatenate([large["hinge"], study["hinge"]])
+        if not (np.abs(inputs) > KINK_LIMIT).all() or not 0.1 < (inputs > 0).mean() < 0.9:
+            raise AssertionError(f"{case.name}: bad entropy hinge; choose another SEED")
+
+
 def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.square(x).mean()))
 
@@ -271,6 +285,7 @@ def golden(case: Case, start: dict, data: dict) -> tuple[dict[str, str], dict[st
     scale, study = find_latent_scale(case, start, data)
     job = Job(case, start, data, scale)
     large = job.train(torch.float64, **LARGE)
+    check_hinge(case, large, study)
     single = job.train(torch.float32, **STUDY)
     worst = max(worst_change(job, large, LARGE), worst_change(job, study, STUDY))
     print(

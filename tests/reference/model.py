@@ -488,6 +488,12 @@ def clip_by_clip(
 # ---------------------------------------------------------------------------------------------
 
 
+def hinge_inputs(found: dict[str, Tensor], s: Switches) -> Tensor:
+    """Per clip [B]: how far the fine pass's entropy is from staying a margin below the coarse
+    pass's; only what is above 0 costs."""
+    return found["entropy_fine"].mean(1) - found["entropy_coarse"].mean(1) + s.entropy_margin
+
+
 def step_measures(found: dict[str, Tensor], s: Switches) -> dict[str, Tensor]:
     """The scalars of a training step; `loss_total` is what is minimised."""
     fine, coarse = found["loss_fine"].mean(), found["loss_coarse"].mean()
@@ -495,8 +501,7 @@ def step_measures(found: dict[str, Tensor], s: Switches) -> dict[str, Tensor]:
     if s.vision and s.contrastive != 0:
         total = total + s.contrastive * found["cosine"].mean()
     if s.vision and s.entropy_margin > 0:
-        rise = found["entropy_fine"].mean(1) - found["entropy_coarse"].mean(1)  # per clip
-        total = total + HINGE_WEIGHT * F.relu(rise + s.entropy_margin).mean()
+        total = total + HINGE_WEIGHT * F.relu(hinge_inputs(found, s)).mean()
     return {
         "loss_fine": fine,
         "loss_coarse": coarse,

@@ -19,6 +19,7 @@ typedef struct Case {
     char name[64];
     FvModelConfig c;
     uint64_t seed;
+    size_t elements; /* of each tensor that are varied one by one */
 } Case;
 
 /* Clips of different text lengths, the empty one included; ids behind a text's end must not be
@@ -46,12 +47,22 @@ static bool is_key_bias(const FvParam *p) {
     return strstr(p->name, "attention.key.bias") != NULL;
 }
 
+static bool starts_with(const char *text, const char *start) {
+    return strncmp(text, start, strlen(start)) == 0;
+}
+
 /* Tensors whose gradient is zero in exact arithmetic: a key bias moves all scores of a softmax
- * alike, and a softmax over one score does not move at all. */
+ * alike; a softmax over one score does not move at all (what makes the scores is used for nothing
+ * else: in the last layer, or in shallow mode by the query); the last frame's visual token is read
+ * by no prediction. */
 static bool has_no_effect(const FvModelConfig *c, const FvParam *p) {
-    return is_key_bias(p) || (!c->deep && c->hard_attn_k == 1 && strstr(p->name, "query_in")) ||
-           (!c->deep && c->hard_attn_k == 1 &&
-            (strstr(p->name, "lm_to_query") || strncmp(p->name, "q_", 2) == 0));
+    char last[64];
+    snprintf(last, sizeof last, "dino.encoder.layer.%zu.attention.attention.", c->dino_layers - 1);
+    bool makes_scores = c->deep ? starts_with(p->name, last) && !strstr(p->name, "value")
+                                : starts_with(p->name, "q_") || starts_with(p->name, "query_in") ||
+                                      starts_with(p->name, "lm_to_query");
+    return is_key_bias(p) || (c->hard_attn_k == 1 && makes_scores) ||
+           (c->frames == 1 && starts_with(p->name, "dino_to_lm"));
 }
 
 static double norm_of(const real *x, size_t n) {
@@ -96,7 +107,7 @@ static void test_every_trained_tensor(void **state) {
             REQUIRE(norm <= 1e3 * FV_EPSILON * scale * sqrt((double)p->count),
                     "%s: gradient %g should vanish beside %g", p->name, norm, scale);
         else
-            REQUIRE(norm > 1e-4 * scale, "%s: no gradient (%g beside %g)", p->name, norm, scale);
+            REQUIRE(norm > 0, "%s: no gradient", p->name);
     }
     fixture_destroy(&f);
 }
@@ -193,27 +204,27 @@ static void compare_slope(const Line *line, const real *g, double scale, const c
             line->p->name, what, slope.value, slope.error, limit);
 }
 
-/* Two random directions, which move every element, and single elements: all of a tensor of up to
- * six, else four. */
-static void check_tensor(Fixture *f, const FvParam *p, double loss, double scale) {
+/* A random direction, which moves every element, and single elements: all of a small tensor, some
+ * of a large one. */
+static void check_tensor(Fixture *f, const FvParam *p, size_t elements, double loss,
+                         double scale) {
     real *w = fixture_get(f, p, FV_BLOCK_W), *g = fixture_get(f, p, FV_BLOCK_G);
     double *d = calloc(p->count, sizeof *d);
     REQUIRE(d != NULL, "out of memory");
     Line line = {f, p, w, d, loss, branches(f)};
     uint64_t key = fv_stream(99, p->name);
-    for (size_t i = 0; i < 2; i++) {
-        double sum = 0;
-        for (size_t j = 0; j < p->count; j++) {
-            d[j] = fv_normal(key, i * p->count + j);
-            sum += d[j] * d[j];
-        }
-        for (size_t j = 0; j < p->count; j++)
-            d[j] /= sqrt(sum);
-        compare_slope(&line, g, scale, "random direction");
+    double sum = 0;
+    for (size_t j = 0; j < p->count; j++) {
+        d[j] = fv_normal(key, j);
+        sum += d[j] * d[j];
     }
+    for (size_t j = 0; j < p->count; j++)
+        d[j] /= sqrt(sum);
+    compare_slope(&line, g, scale, "random direction");
     memset(d, 0, p->count * sizeof *d);
-    for (size_t i = 0; i < (p->count <= 6 ? p->count : 4); i++) {
-        size_t at = p->count <= 6 ? i : (size_t)fv_random_below(key ^ 1, i, p->count);
+    bool all = p->count <= elements + 2;
+    for (size_t i = 0; i < (all ? p->count : elements); i++) {
+        size_t at = all ? i : (size_t)fv_random_below(key ^ 1, i, p->count);
         char what[32];
         snprintf(what, sizeof what, "element %zu", at);
         d[at] = 1;
@@ -226,30 +237,37 @@ static void check_tensor(Fixture *f, const FvParam *p, double loss, double scale
 }
 
 static void test_finite_differences(void **state) {
-    Fixture f = open_case(*state);
+    const Case *test = *state;
+    Fixture f = open_case(test);
     const FvParams *table = fv_model_params(f.model);
     double loss = fixture_loss(&f), scale = gradient_scale(&f);
     for (size_t i = 0; i < table->count; i++)
         if (table->list[i].role == FV_TRAINED) {
             fixture_forward(&f); /* the branches at the starting point */
-            check_tensor(&f, &table->list[i], loss, scale);
+            check_tensor(&f, &table->list[i], test->elements, loss, scale);
         }
     fixture_destroy(&f);
 }
 
-/* The hinge is open for one clip and shut for the other. */
-static void test_half_open_hinge(void **state) {
-    Case test = *(const Case *)*state;
-    test.c.entropy_margin = 10; /* open for all: hinge - margin is the rise of the entropy */
-    Fixture f = fixture_create(&test.c, 1, test.seed, 0);
-    fixture_forward(&f);
-    double rise[] = {f.measures.hinge[0] - 10, f.measures.hinge[1] - 10};
+/* A margin at which the hinge is open for one clip and shut for the other; 0 when this seed has
+ * none that is far enough from both. */
+static double half_open_margin(const Case *test) {
+    Case open = *test;
+    open.c.entropy_margin = 10; /* open for all: hinge - margin is the rise of the entropy */
+    Fixture f = open_case(&open);
+    double first = f.measures.hinge[0] - 10, second = f.measures.hinge[1] - 10;
     fixture_destroy(&f);
-    test.c.entropy_margin = -(rise[0] + rise[1]) / 2;
-    REQUIRE(test.c.entropy_margin > 1e-3 && fabs(rise[0] - rise[1]) > 1e-3,
-            "rises %g and %g: take another seed", rise[0], rise[1]);
-    f = fixture_create(&test.c, 1, test.seed, 0);
-    fixture_forward(&f);
+    return fabs(first - second) > 1e-2 && first + second < -1e-2 ? -(first + second) / 2 : 0;
+}
+
+static void test_half_open_hinge(void **state) {
+    (void)state;
+    Case test = {.c = fixture_config(), .elements = 1};
+    while (test.c.entropy_margin == 0 && test.seed < 50) {
+        test.seed++;
+        test.c.entropy_margin = half_open_margin(&test);
+    }
+    Fixture f = open_case(&test);
     REQUIRE((f.measures.hinge[0] > 0) != (f.measures.hinge[1] > 0), "hinges %g and %g",
             f.measures.hinge[0], f.measures.hinge[1]);
     fixture_destroy(&f);
@@ -261,12 +279,22 @@ static void test_half_open_hinge(void **state) {
 
 /* --- cases ---------------------------------------------------------------------------------- */
 
+/* One frame is predicted before anything is seen; with few frames the visual path is in the loss by
+ * its further terms alone. */
+static void further_terms(FvModelConfig *c) {
+    c->contrastive = -0.3;
+    c->entropy_margin = 0.9;
+}
 static void one_frame(FvModelConfig *c) {
     c->frames = 1;
+    further_terms(c);
+}
+static void two_frames(FvModelConfig *c) {
+    c->frames = 2;
+    further_terms(c);
 }
 static void one_clip(FvModelConfig *c) {
     c->clips = 1;
-    c->frames = 2;
 }
 static void keep_one(FvModelConfig *c) {
     c->hard_attn_k = 1;
@@ -292,8 +320,6 @@ static void frozen_lm_and_texts(FvModelConfig *c) {
 }
 static void no_vision(FvModelConfig *c) {
     c->vision = false;
-    c->contrastive = 0.1; /* without effect: there is nothing to compare */
-    c->entropy_margin = 0.5;
 }
 static void one_latent(FvModelConfig *c) {
     c->size = 8;
@@ -305,9 +331,8 @@ static void one_layer(FvModelConfig *c) {
 }
 static void everything(FvModelConfig *c) {
     texts(c);
+    further_terms(c);
     c->temperature = 0.7;
-    c->contrastive = -0.3;
-    c->entropy_margin = 0.9;
     c->lambda_coarse = 0.3;
     c->hard_attn_k = 5;
 }
@@ -317,6 +342,7 @@ static const struct {
     void (*change)(FvModelConfig *);
 } corners[] = {
     {"one frame", one_frame},
+    {"two frames", two_frames},
     {"one clip", one_clip},
     {"k = 1", keep_one},
     {"k = N", keep_all_patches},
@@ -339,11 +365,12 @@ static void fill_cases(Case *cases) {
     for (size_t i = 0; i < CASES; i++) {
         size_t which = i / 2;
         Case *test = &cases[i];
-        *test = (Case){.c = fixture_config(), .seed = 1};
+        *test = (Case){.c = fixture_config(), .seed = 1, .elements = 1};
         test->c.deep = i % 2 == 0;
         const char *name;
         if (which < FIXTURE_EXPERIMENTS) {
             fixture_experiment(&test->c, which);
+            test->elements = 4;
             name = fixture_experiment_names[which];
         } else {
             corners[which - FIXTURE_EXPERIMENTS].change(&test->c);
@@ -354,7 +381,7 @@ static void fill_cases(Case *cases) {
 }
 
 int main(void) {
-    Case cases[CASES], hinge = {.c = fixture_config(), .seed = 3};
+    Case cases[CASES];
     struct CMUnitTest tests[2 * CASES + 1];
     size_t count = 0;
     fill_cases(cases);
@@ -367,10 +394,7 @@ int main(void) {
 #endif
     }
 #ifdef FV_DOUBLE
-    tests[count++] =
-        (struct CMUnitTest){"hinge open for one clip", test_half_open_hinge, NULL, NULL, &hinge};
-#else
-    (void)hinge;
+    tests[count++] = (struct CMUnitTest)cmocka_unit_test(test_half_open_hinge);
 #endif
     return _cmocka_run_group_tests("model gradients", tests, count, NULL, NULL);
 }

@@ -1,4 +1,4 @@
-#include "run/clipwriter.h"
+#include "run/data_writer.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -47,8 +47,8 @@ static bool add_text(hid_t object, const char *name, const char *value) {
 static bool add_number(hid_t object, const char *name, uint64_t value) {
     hid_t space = H5Screate(H5S_SCALAR), attribute = -1;
     bool ok = space >= 0 &&
-              (attribute = H5Acreate2(object, name, H5T_STD_U64LE, space, H5P_DEFAULT,
-                                      H5P_DEFAULT)) >= 0 &&
+              (attribute =
+                   H5Acreate2(object, name, H5T_STD_U64LE, space, H5P_DEFAULT, H5P_DEFAULT)) >= 0 &&
               H5Awrite(attribute, H5T_NATIVE_UINT64, &value) >= 0;
     if (attribute >= 0)
         H5Aclose(attribute);
@@ -61,13 +61,23 @@ static bool describe(hid_t dataset, const char *units, const char *long_name) {
     return add_text(dataset, "units", units) && add_text(dataset, "long_name", long_name);
 }
 
+/* Properties of a new dataset: no time stamps, so that the same clips make the same file. */
+static hid_t create_properties(void) {
+    hid_t list = H5Pcreate(H5P_DATASET_CREATE);
+    if (list >= 0)
+        H5Pset_obj_track_times(list, false); /* where that fails there are stamps: no harm */
+    return list;
+}
+
 /* One clip per chunk: a reader that wants one clip unpacks nothing else. Level 1 of deflate makes
  * video about a third smaller and reads faster than most disks deliver. */
 static hid_t create_frames(const FvClipWriter *w) {
     hsize_t t = w->spec.frames, s = w->spec.size;
-    hsize_t now[5] = {0, t, s, s, 3}, most[5] = {H5S_UNLIMITED, t, s, s, 3}, chunk[5] = {1, t, s, s, 3};
-    hid_t space = H5Screate_simple(5, now, most), list = H5Pcreate(H5P_DATASET_CREATE), out = -1;
-    if (space >= 0 && list >= 0 && H5Pset_chunk(list, 5, chunk) >= 0 && H5Pset_deflate(list, 1) >= 0)
+    hsize_t now[5] = {0, t, s, s, 3}, most[5] = {H5S_UNLIMITED, t, s, s, 3},
+            chunk[5] = {1, t, s, s, 3};
+    hid_t space = H5Screate_simple(5, now, most), list = create_properties(), out = -1;
+    if (space >= 0 && list >= 0 && H5Pset_chunk(list, 5, chunk) >= 0 &&
+        H5Pset_deflate(list, 1) >= 0)
         out = H5Dcreate2(w->file, "/frames", H5T_STD_U8LE, space, H5P_DEFAULT, list, H5P_DEFAULT);
     if (list >= 0)
         H5Pclose(list);
@@ -111,9 +121,10 @@ FvStatus fv_clipwriter_create(const char *path, const FvClipSpec *spec, FvClipWr
                               FvError *err) {
     *out = NULL;
     if (fv_mul4(spec->frames, spec->size, spec->size, 3) > UINT32_MAX)
-        return FV_FAIL(err, FV_USAGE, "a clip of %zu frames of %zu x %zu pixels is too large for "
-                       "HDF5 (4 GiB): lower --frames or --size", spec->frames, spec->size,
-                       spec->size);
+        return FV_FAIL(err, FV_USAGE,
+                       "a clip of %zu frames of %zu x %zu pixels is too large for "
+                       "HDF5 (4 GiB): lower --frames or --size",
+                       spec->frames, spec->size, spec->size);
     FvClipWriter *w = calloc(1, sizeof *w);
     if (!w)
         return FV_FAIL(err, FV_DEVICE, "out of memory");
@@ -121,7 +132,8 @@ FvStatus fv_clipwriter_create(const char *path, const FvClipSpec *spec, FvClipWr
     w->file = w->frames = -1;
     FvStatus status = fv_path(err, w->path, sizeof w->path, "%s", path);
     if (status == FV_OK)
-        status = fv_path(err, w->temporary, sizeof w->temporary, "%s.tmp-%ld", path, (long)getpid());
+        status =
+            fv_path(err, w->temporary, sizeof w->temporary, "%s.tmp-%ld", path, (long)getpid());
     if (status == FV_OK) {
         fv_hdf5_lock();
         status = create(w, err);
@@ -191,13 +203,15 @@ FvStatus fv_clipwriter_add(FvClipWriter *w, const uint8_t *pixels, const char *s
 static bool write_dataset(hid_t file, const char *name, size_t rows, size_t columns, hid_t stored,
                           hid_t native, const void *data, const char *long_name) {
     hsize_t shape[2] = {rows, columns};
-    hid_t space = H5Screate_simple(columns ? 2 : 1, shape, NULL), dataset = -1;
-    bool ok = space >= 0 &&
-              (dataset = H5Dcreate2(file, name, stored, space, H5P_DEFAULT, H5P_DEFAULT,
-                                    H5P_DEFAULT)) >= 0 &&
-              H5Dwrite(dataset, native, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) >= 0 &&
-              describe(dataset, "1", long_name);
-    if (ok) {
+    hid_t space = H5Screate_simple(columns ? 2 : 1, shape, NULL), list = create_properties();
+    hid_t dataset = -1;
+    bool ok =
+        space >= 0 && list >= 0 &&
+        (dataset = H5Dcreate2(file, name, stored, space, H5P_DEFAULT, list, H5P_DEFAULT)) >= 0 &&
+        H5Dwrite(dataset, native, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) >= 0 &&
+        describe(dataset, "1", long_name);
+    if (ok) { /* not after a failure, whose reason they would clear */
+        H5Pclose(list);
         H5Sclose(space);
         ok = H5Dclose(dataset) >= 0;
     }
@@ -247,9 +261,10 @@ static FvStatus write_rest(FvClipWriter *w, const uint8_t *split, FvError *err) 
     if (s->max_tokens)
         FV_TRY(write_tokens(w, err));
     if (!add_text(w->file, "format", "fovea-clips") || !add_number(w->file, "format_version", 1) ||
-        !add_text(w->file, "made_from", s->made_from) || !add_number(w->file, "frames", s->frames) ||
-        !add_number(w->file, "stride", s->stride) || !add_number(w->file, "size", s->size) ||
-        !add_text(w->file, "crop", s->crop) || !add_number(w->file, "seed", s->seed))
+        !add_text(w->file, "made_from", s->made_from) ||
+        !add_number(w->file, "frames", s->frames) || !add_number(w->file, "stride", s->stride) ||
+        !add_number(w->file, "size", s->size) || !add_text(w->file, "crop", s->crop) ||
+        !add_number(w->file, "seed", s->seed))
         return fail_hdf5(err, w, "attributes");
     if (H5Fflush(w->file, H5F_SCOPE_LOCAL) < 0)
         return fail_hdf5(err, w, "the file");
@@ -298,8 +313,9 @@ void fv_clipwriter_abandon(FvClipWriter *w) {
     if (!w)
         return;
     fv_hdf5_lock();
-    /* After a disk has filled up HDF5 still wants to write the rest, and crashes when it cannot: the
-     * space that the thrown-away file gives back lets it end. Where that fails it stays open. */
+    /* After a disk has filled up HDF5 still wants to write the rest, and crashes when it cannot:
+     * the space that the thrown-away file gives back lets it end. Where that fails it stays open.
+     */
     bool room = w->file < 0 || truncate(w->temporary, 0) == 0;
     if (room && w->frames >= 0)
         H5Dclose(w->frames);

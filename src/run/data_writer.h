@@ -1,6 +1,6 @@
 /* Writing a clips.h5. It grows under a temporary name; only a finished file gets its own. */
-#ifndef FV_RUN_CLIPWRITER_H
-#define FV_RUN_CLIPWRITER_H
+#ifndef FV_RUN_DATA_WRITER_H
+#define FV_RUN_DATA_WRITER_H
 
 #include <stddef.h>
 #include <stdint.h>
@@ -10,11 +10,11 @@
 typedef struct FvClipWriter FvClipWriter;
 
 typedef struct FvClipSpec {
-    size_t frames, size;  /* of every clip: T, and S pixels per side */
-    size_t stride;        /* frames of the video per frame of the clip; an attribute */
-    size_t max_tokens;    /* room for a caption's tokens; 0: no captions */
-    uint64_t seed;        /* of the split or the drawing; an attribute */
-    const char *crop;     /* "center", "none"; an attribute */
+    size_t frames, size;   /* of every clip: T, and S pixels per side */
+    size_t stride;         /* frames of the video per frame of the clip; an attribute */
+    size_t max_tokens;     /* room for a caption's tokens; 0: no captions */
+    uint64_t seed;         /* of the split or the drawing; an attribute */
+    const char *crop;      /* "center", "none"; an attribute */
     const char *made_from; /* "videos", "procedural"; an attribute */
 } FvClipSpec;
 

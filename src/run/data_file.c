@@ -1,6 +1,7 @@
-#include "run/clipfile.h"
+#include "run/data_file.h"
 
 #include <errno.h>
+#include <hdf5.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,9 +23,9 @@ static const char *shape_text(const Shape *s, const char *any, char *out, size_t
     size_t used = 0;
     for (int i = 0; i < s->rank && i < MAX_RANK && used < size; i++) {
         const char *comma = i ? ", " : "[";
-        int n = s->dim[i] || !any
-                    ? snprintf(out + used, size - used, "%s%llu", comma, (unsigned long long)s->dim[i])
-                    : snprintf(out + used, size - used, "%s%s", comma, any);
+        int n = s->dim[i] || !any ? snprintf(out + used, size - used, "%s%llu", comma,
+                                             (unsigned long long)s->dim[i])
+                                  : snprintf(out + used, size - used, "%s%s", comma, any);
         used += n > 0 ? (size_t)n : 0;
     }
     if (used < size)
@@ -82,20 +83,22 @@ static FvStatus fail_shape(FvError *err, const FvClipFile *f, const char *name, 
                            const Shape *needed, const char *advice) {
     char a[128], b[128];
     return FV_FAIL(err, FV_DATA, "%s: %s is %s, the study needs %s: %s", f->path, name,
-                   shape_text(there, NULL, a, sizeof a),
-                   shape_text(needed, "clips", b, sizeof b), advice);
+                   shape_text(there, NULL, a, sizeof a), shape_text(needed, "clips", b, sizeof b),
+                   advice);
 }
 
 static FvStatus open_frames(FvClipFile *f, FvError *err) {
-    Shape there, needed = {5, {0, f->frames, f->size, f->size, 3}};
+    Shape there = {0}, needed = {5, {0, f->frames, f->size, f->size, 3}};
     FV_TRY(open_dataset(f, "/frames", H5T_INTEGER, 1, "unsigned 8-bit [clips, T, S, S, 3]",
                         &f->pixels, &there, err));
     if (!same_shape(&there, &needed)) {
         char advice[96] = "prepare the file again";
         if (there.rank == 5 && there.dim[2] == there.dim[3] && there.dim[4] == 3 &&
             there.dim[2] % FV_LATENT_STRIDE == 0)
-            snprintf(advice, sizeof advice, "set frames=%llu image_size=%llu or prepare the file "
-                     "again", (unsigned long long)there.dim[1], (unsigned long long)there.dim[2]);
+            snprintf(advice, sizeof advice,
+                     "set frames=%llu image_size=%llu or prepare the file "
+                     "again",
+                     (unsigned long long)there.dim[1], (unsigned long long)there.dim[2]);
         return fail_shape(err, f, "/frames", &there, &needed, advice);
     }
     if (there.dim[0] == 0 || there.dim[0] > UINT32_MAX)
@@ -110,9 +113,11 @@ static FvStatus open_latents(FvClipFile *f, const char *wanted, FvError *err) {
     if (!strcmp(wanted, "blocks") || (!strcmp(wanted, "auto") && there_is <= 0))
         return FV_OK;
     size_t side = f->size / FV_LATENT_STRIDE;
-    Shape there, needed = {5, {f->clips, f->frames, FV_LATENT_CHANNELS, side, side}};
-    FV_TRY(open_dataset(f, "/latents", H5T_FLOAT, 0, "16- or 32-bit floats [clips, T, 4, S/8, S/8]"
-                        " (or set latents=blocks)", &f->latents, &there, err));
+    Shape there = {0}, needed = {5, {f->clips, f->frames, FV_LATENT_CHANNELS, side, side}};
+    FV_TRY(open_dataset(f, "/latents", H5T_FLOAT, 0,
+                        "16- or 32-bit floats [clips, T, 4, S/8, S/8]"
+                        " (or set latents=blocks)",
+                        &f->latents, &there, err));
     if (!same_shape(&there, &needed))
         return fail_shape(err, f, "/latents", &there, &needed,
                           "set latents=blocks or make the latents again");
@@ -124,14 +129,17 @@ static FvStatus open_latents(FvClipFile *f, const char *wanted, FvError *err) {
 }
 
 static FvStatus open_tokens(FvClipFile *f, FvError *err) {
-    Shape there, needed = {2, {f->clips, 0}}, counts = {1, {f->clips}};
-    FV_TRY(open_dataset(f, "/tokens", H5T_INTEGER, 0, "integers [clips, max_tokens] (or set "
-                        "text=none)", &f->tokens, &there, err));
+    Shape there = {0}, needed = {2, {f->clips, 0}}, counts = {1, {f->clips}};
+    FV_TRY(open_dataset(f, "/tokens", H5T_INTEGER, 0,
+                        "integers [clips, max_tokens] (or set "
+                        "text=none)",
+                        &f->tokens, &there, err));
     if (!same_shape(&there, &needed) || there.dim[1] == 0 || there.dim[1] > INT32_MAX) {
         char a[128];
-        return FV_FAIL(err, FV_DATA, "%s: /tokens is %s, the study needs [%zu, max_tokens]: set "
-                       "text=none or make the tokens again", f->path,
-                       shape_text(&there, NULL, a, sizeof a), f->clips);
+        return FV_FAIL(err, FV_DATA,
+                       "%s: /tokens is %s, the study needs [%zu, max_tokens]: set "
+                       "text=none or make the tokens again",
+                       f->path, shape_text(&there, NULL, a, sizeof a), f->clips);
     }
     f->max_tokens = there.dim[1];
     FV_TRY(open_dataset(f, "/token_count", H5T_INTEGER, 0, "integers [clips]", &f->token_count,
@@ -143,11 +151,15 @@ static FvStatus open_tokens(FvClipFile *f, FvError *err) {
 
 static FvStatus open_file(FvClipFile *f, FvError *err) {
     if (access(f->path, R_OK) != 0)
-        return FV_FAIL(err, FV_DATA, "%s: %s: name a file made by `fovea prepare`, or "
-                       "data=procedural", f->path, strerror(errno));
+        return FV_FAIL(err, FV_DATA,
+                       "%s: %s: name a file made by `fovea prepare`, or "
+                       "data=procedural",
+                       f->path, strerror(errno));
     if (H5Fis_hdf5(f->path) <= 0)
-        return FV_FAIL(err, FV_DATA, "%s: not an HDF5 file: name a file made by `fovea prepare`, or "
-                       "data=procedural", f->path);
+        return FV_FAIL(err, FV_DATA,
+                       "%s: not an HDF5 file: name a file made by `fovea prepare`, or "
+                       "data=procedural",
+                       f->path);
     hid_t access_list = H5Pcreate(H5P_FILE_ACCESS);
     if (access_list < 0)
         return fail_hdf5(err, f, "cannot be opened");
@@ -164,7 +176,7 @@ static FvStatus open_file(FvClipFile *f, FvError *err) {
 static FvStatus open_all(FvClipFile *f, const FvConfig *config, FvError *err) {
     FV_TRY(open_file(f, err));
     FV_TRY(open_frames(f, err));
-    Shape there, needed = {1, {f->clips}};
+    Shape there = {0}, needed = {1, {f->clips}};
     FV_TRY(open_dataset(f, "/split", H5T_INTEGER, 0, "integers [clips]", &f->split, &there, err));
     if (!same_shape(&there, &needed))
         return fail_shape(err, f, "/split", &there, &needed, "prepare the file again");
@@ -182,13 +194,19 @@ static void close_all(FvClipFile *f) {
     if (f->file >= 0)
         H5Fclose(f->file); /* only read: nothing to lose */
     free(f->scratch);
-    *f = (FvClipFile){.file = -1, .pixels = -1, .latents = -1, .tokens = -1, .token_count = -1,
-                      .split = -1};
+    *f = (FvClipFile){
+        .file = -1, .pixels = -1, .latents = -1, .tokens = -1, .token_count = -1, .split = -1};
 }
 
 FvStatus fv_clipfile_open(const FvConfig *config, FvClipFile *out, FvError *err) {
-    *out = (FvClipFile){.frames = config->frames, .size = config->image_size, .file = -1,
-                        .pixels = -1, .latents = -1, .tokens = -1, .token_count = -1, .split = -1};
+    *out = (FvClipFile){.frames = config->frames,
+                        .size = config->image_size,
+                        .file = -1,
+                        .pixels = -1,
+                        .latents = -1,
+                        .tokens = -1,
+                        .token_count = -1,
+                        .split = -1};
     snprintf(out->path, sizeof out->path, "%s", config->data);
     fv_hdf5_lock();
     FvStatus status = open_all(out, config, err);
@@ -237,8 +255,10 @@ FvStatus fv_clipfile_split(const FvClipFile *f, int32_t *split, FvError *err) {
     FV_TRY(status);
     for (size_t i = 0; i < f->clips; i++)
         if (split[i] != 0 && split[i] != 1)
-            return FV_FAIL(err, FV_DATA, "%s: /split[%zu] is %d, allowed are 0 (training) and 1 "
-                           "(held-out)", f->path, i, (int)split[i]);
+            return FV_FAIL(err, FV_DATA,
+                           "%s: /split[%zu] is %d, allowed are 0 (training) and 1 "
+                           "(held-out)",
+                           f->path, i, (int)split[i]);
     return FV_OK;
 }
 
@@ -251,7 +271,8 @@ static FvStatus check_tokens(const FvClipFile *f, size_t vocabulary, int32_t *to
         int32_t *row = tokens + c * f->max_tokens;
         for (size_t i = 0; i < (size_t)count[c]; i++)
             if (row[i] < 0 || (size_t)row[i] >= vocabulary)
-                return FV_FAIL(err, FV_DATA, "%s: /tokens[%zu, %zu] is %d, the language model's "
+                return FV_FAIL(err, FV_DATA,
+                               "%s: /tokens[%zu, %zu] is %d, the language model's "
                                "vocabulary has %zu tokens: set lm_vocab or make the tokens again",
                                f->path, c, i, (int)row[i], vocabulary);
         for (size_t i = (size_t)count[c]; i < f->max_tokens; i++)
@@ -263,10 +284,11 @@ static FvStatus check_tokens(const FvClipFile *f, size_t vocabulary, int32_t *to
 FvStatus fv_clipfile_tokens(const FvClipFile *f, size_t vocabulary, int32_t *tokens, int32_t *count,
                             FvError *err) {
     fv_hdf5_lock();
-    FvStatus status = read_rows(f, f->tokens, "/tokens", 0, f->clips, H5T_NATIVE_INT32, tokens, err);
+    FvStatus status =
+        read_rows(f, f->tokens, "/tokens", 0, f->clips, H5T_NATIVE_INT32, tokens, err);
     if (status == FV_OK)
-        status = read_rows(f, f->token_count, "/token_count", 0, f->clips, H5T_NATIVE_INT32, count,
-                           err);
+        status =
+            read_rows(f, f->token_count, "/token_count", 0, f->clips, H5T_NATIVE_INT32, count, err);
     fv_hdf5_unlock();
     FV_TRY(status);
     return check_tokens(f, vocabulary, tokens, count, err);

@@ -1,8 +1,7 @@
 /* Reading a clips.h5: checks against the study first, then clips one by one or all at once. */
-#ifndef FV_RUN_CLIPFILE_H
-#define FV_RUN_CLIPFILE_H
+#ifndef FV_RUN_DATA_FILE_H
+#define FV_RUN_DATA_FILE_H
 
-#include <hdf5.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -16,7 +15,7 @@ typedef struct FvClipFile {
     size_t clips, frames, size; /* size: pixels per side */
     size_t max_tokens;          /* 0 unless the study wants captions */
     bool has_latents;           /* the study takes its targets from /latents */
-    hid_t file, pixels, latents, tokens, token_count, split;
+    int64_t file, pixels, latents, tokens, token_count, split; /* HDF5's identifiers, or -1 */
     float *scratch; /* one clip of /latents as it lies in the file; used under the HDF5 lock */
 } FvClipFile;
 

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The same losses to the bit with other threads, ranks, jobs per rank; within rounding with an
+# experiment shared by two ranks.
+. tests/integration/common
+
+run_tiny "$TMPDIR/one" --threads 1
+compare "$TMPDIR/one/results.h5" --complete
+run_tiny "$TMPDIR/threads" --threads 3
+compare "$TMPDIR/one/results.h5" "$TMPDIR/threads/results.h5"
+run_tiny "$TMPDIR/jobs" --jobs-per-rank 3
+compare "$TMPDIR/one/results.h5" "$TMPDIR/jobs/results.h5"
+mpirun --oversubscribe -np 3 "$FOVEA" "$tiny" --out "$TMPDIR/ranks" >"$TMPDIR/log" 2>&1
+compare "$TMPDIR/one/results.h5" "$TMPDIR/ranks/results.h5"
+mpirun --oversubscribe -np 4 "$FOVEA" "$tiny" --ranks-per-experiment 2 --jobs-per-rank 2 \
+    --out "$TMPDIR/shards" >"$TMPDIR/log" 2>&1
+compare "$TMPDIR/one/results.h5" "$TMPDIR/shards/results.h5" --close
+mpirun --oversubscribe -np 2 "$FOVEA" "$tiny" --ranks-per-experiment 2 --out "$TMPDIR/shards2" \
+    >"$TMPDIR/log" 2>&1
+compare "$TMPDIR/shards/results.h5" "$TMPDIR/shards2/results.h5"
+
+# order of the jobs: one experiment alone gives what it gave among the seven
+run_tiny "$TMPDIR/only" --only D_freeze_dino
+"$PYTHON" - "$TMPDIR/one/results.h5" "$TMPDIR/only/results.h5" <<'P'
+import sys, h5py, numpy as np
+a, b = (h5py.File(p)["runs/D_freeze_dino/seed_0/loss_fine"][()] for p in sys.argv[1:])
+assert len(a) and np.array_equal(a, b)
+P
