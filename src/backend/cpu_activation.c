@@ -1,81 +1,80 @@
-/* GELU and SwiGLU, forward and backward. */
+/* GELU and SwiGLU. */
 #include "backend/cpu.h"
 #include "backend/cpu_math.h"
 
-typedef struct Elements {
+typedef struct Map {
     FvSplit split;
-    const real *x, *up, *dy;
-    real *y, *dup;
-} Elements;
+    const real *x, *u, *dy;
+    real *y, *z;
+} Map;
 
-FV_SIMD
-static void gelu_tile(void *arg, size_t tile, size_t thread) {
-    (void)thread;
-    const Elements *o = arg;
-    size_t start = fv_split_start(&o->split, tile), n = fv_split_length(&o->split, tile);
-    const real *x = o->x + start;
-    real *y = o->y + start;
+FV_SIMD static void gelu_range(size_t n, const real *restrict x, real *restrict y) {
     for (size_t i = 0; i < n; i++)
         y[i] = fv_gelu(x[i]);
 }
 
-void fv_cpu_gelu(FvBackend *backend, size_t n, const real *x, real *y) {
-    Elements o = {.split = fv_split_rows(n, 2), .x = x, .y = y};
-    fv_cpu_run(fv_cpu(backend), o.split.count, 0.8 * (double)n, gelu_tile, &o);
-}
-
-FV_SIMD
-static void gelu_back_tile(void *arg, size_t tile, size_t thread) {
-    (void)thread;
-    const Elements *o = arg;
-    size_t start = fv_split_start(&o->split, tile), n = fv_split_length(&o->split, tile);
-    const real *x = o->x + start, *dy = o->dy + start;
-    real *dx = o->y + start;
+FV_SIMD static void gelu_back_range(size_t n, const real *x, const real *dy, real *dx) {
     for (size_t i = 0; i < n; i++)
         dx[i] = dy[i] * fv_gelu_slope(x[i]);
 }
 
-void fv_cpu_gelu_back(FvBackend *backend, size_t n, const real *x, const real *dy, real *dx) {
-    Elements o = {.split = fv_split_rows(n, 2), .x = x, .dy = dy, .y = dx};
-    fv_cpu_run(fv_cpu(backend), o.split.count, 0.8 * (double)n, gelu_back_tile, &o);
-}
-
-FV_SIMD
-static void swiglu_tile(void *arg, size_t tile, size_t thread) {
-    (void)thread;
-    const Elements *o = arg;
-    size_t start = fv_split_start(&o->split, tile), n = fv_split_length(&o->split, tile);
-    const real *gate = o->x + start, *up = o->up + start;
-    real *y = o->y + start;
+FV_SIMD static void swiglu_range(size_t n, const real *gate, const real *up, real *y) {
     for (size_t i = 0; i < n; i++)
         y[i] = gate[i] * fv_sigmoid(gate[i]) * up[i];
 }
 
-void fv_cpu_swiglu(FvBackend *backend, size_t n, const real *gate, const real *up, real *y) {
-    Elements o = {.split = fv_split_rows(n, 2), .x = gate, .up = up, .y = y};
-    fv_cpu_run(fv_cpu(backend), o.split.count, 0.7 * (double)n, swiglu_tile, &o);
+FV_SIMD static void swiglu_back_range(size_t n, const real *gate, const real *up, const real *dy,
+                                      real *dgate, real *dup) {
+    for (size_t i = 0; i < n; i++) {
+        real s = fv_sigmoid(gate[i]), d = dy[i], g = gate[i];
+        dgate[i] = d * up[i] * (s + g * s * (1 - s));
+        dup[i] = d * g * s;
+    }
 }
 
-/* silu'(g) = s + g s (1 - s), s the sigmoid */
-FV_SIMD
-static void swiglu_back_tile(void *arg, size_t tile, size_t thread) {
+static void gelu_tile(void *arg, size_t tile, size_t thread) {
+    const Map *m = arg;
     (void)thread;
-    const Elements *o = arg;
-    size_t start = fv_split_start(&o->split, tile), n = fv_split_length(&o->split, tile);
-    const real *gate = o->x + start, *up = o->up + start, *dy = o->dy + start;
-    real *dgate = o->y + start, *dup = o->dup + start;
-    for (size_t i = 0; i < n; i++) {
-        real g = gate[i], d = dy[i], s = fv_sigmoid(g), silu = g * s;
-        real slope = s + silu * (1 - s);
-        real u = up[i];
-        dup[i] = d * silu;
-        dgate[i] = d * u * slope;
-    }
+    size_t at = fv_split_start(&m->split, tile), n = fv_split_length(&m->split, tile);
+    if (m->dy)
+        gelu_back_range(n, m->x + at, m->dy + at, m->y + at);
+    else
+        gelu_range(n, m->x + at, m->y + at);
+}
+
+static void swiglu_tile(void *arg, size_t tile, size_t thread) {
+    const Map *m = arg;
+    (void)thread;
+    size_t at = fv_split_start(&m->split, tile), n = fv_split_length(&m->split, tile);
+    if (m->dy)
+        swiglu_back_range(n, m->x + at, m->u + at, m->dy + at, m->y + at, m->z + at);
+    else
+        swiglu_range(n, m->x + at, m->u + at, m->y + at);
+}
+
+static void run(FvBackend *backend, size_t n, FvTile *tile, Map *m) {
+    const double ns_per_element = 1.0;
+    m->split = fv_split_rows(n, 1);
+    fv_cpu_run(fv_cpu(backend), m->split.count, ns_per_element * (double)n, tile, m);
+}
+
+void fv_cpu_gelu(FvBackend *backend, size_t n, const real *x, real *y) {
+    Map m = {.x = x, .y = y};
+    run(backend, n, gelu_tile, &m);
+}
+
+void fv_cpu_gelu_back(FvBackend *backend, size_t n, const real *x, const real *dy, real *dx) {
+    Map m = {.x = x, .dy = dy, .y = dx};
+    run(backend, n, gelu_tile, &m);
+}
+
+void fv_cpu_swiglu(FvBackend *backend, size_t n, const real *gate, const real *up, real *y) {
+    Map m = {.x = gate, .u = up, .y = y};
+    run(backend, n, swiglu_tile, &m);
 }
 
 void fv_cpu_swiglu_back(FvBackend *backend, size_t n, const real *gate, const real *up,
                         const real *dy, real *dgate, real *dup) {
-    Elements o = {
-        .split = fv_split_rows(n, 2), .x = gate, .up = up, .dy = dy, .y = dgate, .dup = dup};
-    fv_cpu_run(fv_cpu(backend), o.split.count, 0.8 * (double)n, swiglu_back_tile, &o);
+    Map m = {.x = gate, .u = up, .dy = dy, .y = dgate, .z = dup};
+    run(backend, n, swiglu_tile, &m);
 }

@@ -19,20 +19,28 @@ static double cost_of(const FvAttention *a, double products) {
     return probs * (products * (double)a->width * ns_per_product + ns_per_prob);
 }
 
-/* Keys that row i of a batch entry sees: [first, end). */
-static void visible(const FvAttention *a, size_t batch, size_t row, size_t *first, size_t *end) {
-    size_t padding = a->first ? (size_t)a->first[batch] : 0;
-    *end = a->causal ? row + a->keys - a->rows + 1 : a->keys;
-    *end = fv_min(*end, a->keys);
-    *first = fv_min(padding, *end);
+/* Keys of a batch entry that are padding. No product reads them: whatever is there, infinities
+ * included, stays without effect. */
+static size_t padding_of(const FvAttention *a, size_t batch) {
+    return a->first ? fv_min((size_t)a->first[batch], a->keys) : 0;
+}
+
+/* End of the keys that a row sees. */
+static size_t visible_end(const FvAttention *a, size_t row) {
+    size_t end = row + a->keys + 1;
+    return a->causal ? fv_min(end > a->rows ? end - a->rows : 0, a->keys) : a->keys;
+}
+
+static void clear_rows(size_t rows, size_t width, size_t stride, real *x) {
+    for (size_t r = 0; r < rows; r++)
+        memset(x + r * stride, 0, width * sizeof *x);
 }
 
 FV_SIMD static void softmax_row(size_t keys, size_t first, size_t end, real *p) {
-    for (size_t j = 0; j < first; j++)
-        p[j] = 0;
+    memset(p, 0, first * sizeof *p);
     for (size_t j = end; j < keys; j++)
         p[j] = 0;
-    if (first == end)
+    if (first >= end)
         return;
     real max = fv_max(end - first, p + first);
     for (size_t j = first; j < end; j++)
@@ -48,20 +56,21 @@ static void forward_tile(void *arg, size_t tile, size_t thread) {
     (void)thread;
     size_t b = tile / a->kv_heads, g = tile % a->kv_heads, group = a->heads / a->kv_heads;
     size_t qs = a->heads * a->width, ks = a->kv_heads * a->width;
-    const real *k = t->k + b * a->keys * ks + g * a->width;
-    const real *v = t->v + b * a->keys * ks + g * a->width;
+    size_t first = padding_of(a, b), keys = a->keys - first;
+    size_t key_at = (b * a->keys + first) * ks + g * a->width;
     for (size_t h = g * group; h < (g + 1) * group; h++) {
         size_t at = b * a->rows * qs + h * a->width;
         real *probs = t->probs + (b * a->heads + h) * a->rows * a->keys;
-        fv_gemm(false, true, a->rows, a->keys, a->width, (real)a->scale, t->q + at, qs, k, ks, 0,
-                probs, a->keys);
-        for (size_t i = 0; i < a->rows; i++) {
-            size_t first, end;
-            visible(a, b, i, &first, &end);
-            softmax_row(a->keys, first, end, probs + i * a->keys);
-        }
-        fv_gemm(false, false, a->rows, a->width, a->keys, 1, probs, a->keys, v, ks, 0, t->out + at,
-                qs);
+        if (keys > 0)
+            fv_gemm(false, true, a->rows, keys, a->width, (real)a->scale, t->q + at, qs,
+                    t->k + key_at, ks, 0, probs + first, a->keys);
+        for (size_t i = 0; i < a->rows; i++)
+            softmax_row(a->keys, first, visible_end(a, i), probs + i * a->keys);
+        if (keys > 0)
+            fv_gemm(false, false, a->rows, a->width, keys, 1, probs + first, a->keys,
+                    t->v + key_at, ks, 0, t->out + at, qs);
+        else
+            clear_rows(a->rows, a->width, qs, t->out + at);
     }
 }
 
@@ -78,27 +87,37 @@ FV_SIMD static void softmax_back_row(size_t keys, const real *p, real *dp) {
         dp[j] = p[j] * (dp[j] - dot);
 }
 
+/* One query head; `first` keys are padding. */
+static void backward_head(const Attention *t, size_t at, size_t key_at, size_t first,
+                          const real *probs, real *ds) {
+    const FvAttention *a = t->a;
+    size_t qs = a->heads * a->width, ks = a->kv_heads * a->width, keys = a->keys - first;
+    if (keys == 0) {
+        clear_rows(a->rows, a->width, qs, t->dq + at);
+        return;
+    }
+    fv_gemm(false, true, a->rows, keys, a->width, 1, t->dout + at, qs, t->v + key_at, ks, 0, ds,
+            keys);
+    for (size_t i = 0; i < a->rows; i++)
+        softmax_back_row(keys, probs + i * a->keys, ds + i * keys);
+    fv_gemm(false, false, a->rows, a->width, keys, (real)a->scale, ds, keys, t->k + key_at, ks, 0,
+            t->dq + at, qs);
+    fv_gemm(true, false, keys, a->width, a->rows, (real)a->scale, ds, keys, t->q + at, qs, 1,
+            t->dk + key_at, ks);
+    fv_gemm(true, false, keys, a->width, a->rows, 1, probs, a->keys, t->dout + at, qs, 1,
+            t->dv + key_at, ks);
+}
+
 static void backward_tile(void *arg, size_t tile, size_t thread) {
     const Attention *t = arg;
     const FvAttention *a = t->a;
     size_t b = tile / a->kv_heads, g = tile % a->kv_heads, group = a->heads / a->kv_heads;
-    size_t qs = a->heads * a->width, ks = a->kv_heads * a->width;
-    size_t key_at = b * a->keys * ks + g * a->width;
-    real *ds = t->cpu->own[thread].data;
-    for (size_t h = g * group; h < (g + 1) * group; h++) {
-        size_t at = b * a->rows * qs + h * a->width;
-        const real *probs = t->probs_in + (b * a->heads + h) * a->rows * a->keys;
-        fv_gemm(false, true, a->rows, a->keys, a->width, 1, t->dout + at, qs, t->v + key_at, ks, 0,
-                ds, a->keys);
-        for (size_t i = 0; i < a->rows; i++)
-            softmax_back_row(a->keys, probs + i * a->keys, ds + i * a->keys);
-        fv_gemm(false, false, a->rows, a->width, a->keys, (real)a->scale, ds, a->keys,
-                t->k + key_at, ks, 0, t->dq + at, qs);
-        fv_gemm(true, false, a->keys, a->width, a->rows, (real)a->scale, ds, a->keys, t->q + at, qs,
-                1, t->dk + key_at, ks);
-        fv_gemm(true, false, a->keys, a->width, a->rows, 1, probs, a->keys, t->dout + at, qs, 1,
-                t->dv + key_at, ks);
-    }
+    size_t first = padding_of(a, b);
+    size_t key_at = (b * a->keys + first) * a->kv_heads * a->width + g * a->width;
+    for (size_t h = g * group; h < (g + 1) * group; h++)
+        backward_head(t, (b * a->rows * a->heads + h) * a->width, key_at, first,
+                      t->probs_in + (b * a->heads + h) * a->rows * a->keys + first,
+                      t->cpu->own[thread].data);
 }
 
 void fv_cpu_attention_back(FvBackend *backend, const FvAttention *a, const real *q, const real *k,

@@ -1,48 +1,132 @@
-/* Copies, sums and residual branches: operations that stream once through memory. */
+/* Copies, sums and residual connections: work that streams once through memory. */
+#include <string.h>
+
 #include "backend/cpu.h"
 #include "backend/cpu_math.h"
 
+static const double ns_per_element = 0.15;
+
 typedef struct Rows {
-    FvSplit split; /* of the rows, or of the elements */
+    FvSplit split;
     size_t width;
-    const real *x, *a, *scale, *dy;
+    const real *x, *scale, *a;
     const int32_t *si, *di;
     real *y, *part;
     bool add;
-    FvSplit columns; /* copy_rows with repeated targets is cut by columns instead */
 } Rows;
 
-/* --- copy, add ------------------------------------------------------------------------------- */
-
-static void copy_tile(void *arg, size_t tile, size_t thread) {
-    (void)thread;
-    const Rows *o = arg;
-    size_t start = fv_split_start(&o->split, tile);
-    memcpy(o->y + start, o->x + start, fv_split_length(&o->split, tile) * sizeof(real));
-}
-
 void fv_cpu_copy(FvBackend *backend, size_t n, const real *x, real *y) {
-    Rows o = {.split = fv_split_rows(n, 1), .x = x, .y = y};
-    fv_cpu_run(fv_cpu(backend), o.split.count, 0.1 * (double)n, copy_tile, &o);
+    (void)backend;
+    memcpy(y, x, n * sizeof *y);
 }
 
-FV_SIMD
-static void add_tile(void *arg, size_t tile, size_t thread) {
-    (void)thread;
-    const Rows *o = arg;
-    size_t start = fv_split_start(&o->split, tile), n = fv_split_length(&o->split, tile);
-    const real *x = o->x + start;
-    real *y = o->y + start;
+FV_SIMD static void add_range(size_t n, const real *x, real *y) {
     for (size_t i = 0; i < n; i++)
         y[i] += x[i];
 }
 
-void fv_cpu_add(FvBackend *backend, size_t n, const real *x, real *y) {
-    Rows o = {.split = fv_split_rows(n, 1), .x = x, .y = y};
-    fv_cpu_run(fv_cpu(backend), o.split.count, 0.12 * (double)n, add_tile, &o);
+static void add_tile(void *arg, size_t tile, size_t thread) {
+    const Rows *r = arg;
+    (void)thread;
+    size_t start = fv_split_start(&r->split, tile);
+    add_range(fv_split_length(&r->split, tile), r->x + start, r->y + start);
 }
 
-/* --- partial sums ---------------------------------------------------------------------------- */
+void fv_cpu_add(FvBackend *backend, size_t n, const real *x, real *y) {
+    Rows r = {.split = fv_split_rows(n, 1), .x = x, .y = y};
+    fv_cpu_run(fv_cpu(backend), r.split.count, ns_per_element * (double)n, add_tile, &r);
+}
+
+/* Targets may repeat when adding: rows go in order, and it is the columns that are shared out. */
+void fv_cpu_copy_rows(FvBackend *backend, size_t rows, size_t width, const real *src,
+                      const int32_t *si, real *dst, const int32_t *di, bool add) {
+    (void)backend;
+    for (size_t i = 0; i < rows; i++) {
+        ptrdiff_t from = si ? si[i] : (ptrdiff_t)i, to = di ? di[i] : (ptrdiff_t)i;
+        if (from < 0 || to < 0)
+            continue;
+        const real *x = src + (size_t)from * width;
+        real *y = dst + (size_t)to * width;
+        if (add)
+            add_range(width, x, y);
+        else
+            memcpy(y, x, width * sizeof *y);
+    }
+}
+
+FV_SIMD static void residual_range(size_t rows, size_t width, const real *x, const real *scale,
+                                   const real *a, real *y) {
+    for (size_t r = 0; r < rows; r++, x += width, a += width, y += width)
+        for (size_t i = 0; i < width; i++)
+            y[i] = x[i] + (scale ? scale[i] * a[i] : a[i]);
+}
+
+static void residual_tile(void *arg, size_t tile, size_t thread) {
+    const Rows *r = arg;
+    (void)thread;
+    size_t start = fv_split_start(&r->split, tile) * r->width;
+    residual_range(fv_split_length(&r->split, tile), r->width, r->x + start, r->scale, r->a + start,
+                   r->y + start);
+}
+
+void fv_cpu_residual(FvBackend *backend, size_t rows, size_t width, const real *x,
+                     const real *scale, const real *a, real *y) {
+    Rows r = {.split = fv_split_rows(rows, width),
+              .width = width,
+              .x = x,
+              .scale = scale,
+              .a = a,
+              .y = y};
+    fv_cpu_run(fv_cpu(backend), r.split.count, ns_per_element * (double)(rows * width),
+               residual_tile, &r);
+}
+
+FV_SIMD static void residual_back_range(size_t rows, size_t width, const real *scale, const real *a,
+                                        const real *dy, real *da, real *dscale) {
+    for (size_t r = 0; r < rows; r++, a += width, dy += width, da += width) {
+        for (size_t i = 0; dscale && i < width; i++)
+            dscale[i] += a[i] * dy[i];
+        for (size_t i = 0; i < width; i++)
+            da[i] = scale ? scale[i] * dy[i] : dy[i];
+    }
+}
+
+static void residual_back_tile(void *arg, size_t tile, size_t thread) {
+    const Rows *r = arg;
+    (void)thread;
+    size_t start = fv_split_start(&r->split, tile) * r->width;
+    real *part = r->part ? r->part + tile * r->width : NULL;
+    if (part)
+        memset(part, 0, r->width * sizeof *part);
+    residual_back_range(fv_split_length(&r->split, tile), r->width, r->scale, r->a + start,
+                        r->x + start, r->y + start, part);
+}
+
+void fv_cpu_residual_back(FvBackend *backend, size_t rows, size_t width, const real *scale,
+                          const real *a, const real *dy, real *da, real *dscale) {
+    FvCpu *cpu = fv_cpu(backend);
+    Rows r = {.split = fv_split_sums(rows, width),
+              .width = width,
+              .x = dy,
+              .scale = scale,
+              .a = a,
+              .y = da};
+    if (dscale) {
+        if (!fv_cpu_workspace(cpu, 0, fv_mul3(r.split.count, width, sizeof(real))))
+            return;
+        r.part = cpu->shared.data;
+    }
+    fv_cpu_run(cpu, r.split.count, 2 * ns_per_element * (double)(rows * width), residual_back_tile,
+               &r);
+    if (dscale)
+        fv_cpu_add_parts(cpu, r.split.count, width, width, r.part, dscale);
+}
+
+FV_SIMD static void add_parts(size_t parts, size_t n, size_t stride, const real *part, real *sum) {
+    for (size_t p = 0; p < parts; p++)
+        for (size_t i = 0; i < n; i++)
+            sum[i] += part[p * stride + i];
+}
 
 typedef struct Parts {
     FvSplit split;
@@ -51,140 +135,16 @@ typedef struct Parts {
     real *sum;
 } Parts;
 
-FV_SIMD
-static void parts_tile(void *arg, size_t tile, size_t thread) {
+static void add_parts_tile(void *arg, size_t tile, size_t thread) {
+    const Parts *p = arg;
     (void)thread;
-    const Parts *o = arg;
-    size_t start = fv_split_start(&o->split, tile), n = fv_split_length(&o->split, tile);
-    real *sum = o->sum + start;
-    for (size_t p = 0; p < o->parts; p++) {
-        const real *part = o->part + p * o->stride + start;
-        for (size_t i = 0; i < n; i++)
-            sum[i] += part[i];
-    }
+    size_t start = fv_split_start(&p->split, tile);
+    add_parts(p->parts, fv_split_length(&p->split, tile), p->stride, p->part + start,
+              p->sum + start);
 }
 
 void fv_cpu_add_parts(FvCpu *cpu, size_t parts, size_t n, size_t stride, const real *part,
                       real *sum) {
-    if (!sum || parts == 0)
-        return;
-    Parts o = {fv_split_rows(n, 2), parts, stride, part, sum};
-    fv_cpu_run(cpu, o.split.count, 0.1 * (double)n * (double)parts, parts_tile, &o);
-}
-
-/* --- gather and scatter ---------------------------------------------------------------------- */
-
-/* Source and target row of copy i; false when it is to be skipped. */
-FV_INLINE bool row_pair(const Rows *o, size_t i, size_t *from, size_t *to) {
-    int64_t s = o->si ? o->si[i] : (int64_t)i, d = o->di ? o->di[i] : (int64_t)i;
-    *from = (size_t)s;
-    *to = (size_t)d;
-    return s >= 0 && d >= 0;
-}
-
-FV_SIMD
-static void copy_rows_tile(void *arg, size_t tile, size_t thread) {
-    (void)thread;
-    const Rows *o = arg;
-    size_t row = tile / o->columns.count, column = tile % o->columns.count;
-    size_t begin = fv_split_start(&o->split, row);
-    size_t end = begin + fv_split_length(&o->split, row);
-    size_t left = fv_split_start(&o->columns, column);
-    size_t n = fv_split_length(&o->columns, column);
-    for (size_t i = begin; i < end; i++) {
-        size_t from, to;
-        if (!row_pair(o, i, &from, &to))
-            continue;
-        const real *x = o->x + from * o->width + left;
-        real *y = o->y + to * o->width + left;
-        if (!o->add)
-            memcpy(y, x, n * sizeof(real));
-        else
-            for (size_t c = 0; c < n; c++)
-                y[c] += x[c];
-    }
-}
-
-void fv_cpu_copy_rows(FvBackend *backend, size_t rows, size_t width, const real *src,
-                      const int32_t *si, real *dst, const int32_t *di, bool add) {
-    bool ordered = add && di; /* targets may repeat: all rows of a column stay in one tile */
-    Rows o = {.split = ordered ? fv_split(rows, 1, 1, 1) : fv_split_rows(rows, width),
-              .columns = ordered ? fv_split(width, 16, 16, 16) : fv_split(width, 1, 1, 1),
-              .width = width,
-              .x = src,
-              .si = si,
-              .y = dst,
-              .di = di,
-              .add = add};
-    fv_cpu_run(fv_cpu(backend), o.split.count * o.columns.count,
-               0.1 * (double)rows * (double)width, copy_rows_tile, &o);
-}
-
-/* --- residual -------------------------------------------------------------------------------- */
-
-FV_SIMD
-static void residual_tile(void *arg, size_t tile, size_t thread) {
-    (void)thread;
-    const Rows *o = arg;
-    size_t start = fv_split_start(&o->split, tile) * o->width;
-    size_t rows = fv_split_length(&o->split, tile), width = o->width;
-    const real *x = o->x + start, *a = o->a + start, *scale = o->scale;
-    real *y = o->y + start;
-    if (!scale) {
-        for (size_t i = 0; i < rows * width; i++)
-            y[i] = x[i] + a[i];
-        return;
-    }
-    for (size_t r = 0; r < rows; r++)
-        for (size_t c = 0; c < width; c++)
-            y[r * width + c] = x[r * width + c] + scale[c] * a[r * width + c];
-}
-
-void fv_cpu_residual(FvBackend *backend, size_t rows, size_t width, const real *x,
-                     const real *scale, const real *a, real *y) {
-    Rows o = {.split = fv_split_rows(rows, width),
-              .width = width,
-              .x = x,
-              .a = a,
-              .scale = scale,
-              .y = y};
-    fv_cpu_run(fv_cpu(backend), o.split.count, 0.15 * (double)rows * (double)width, residual_tile,
-               &o);
-}
-
-FV_SIMD
-static void residual_back_tile(void *arg, size_t tile, size_t thread) {
-    (void)thread;
-    const Rows *o = arg;
-    size_t start = fv_split_start(&o->split, tile) * o->width;
-    size_t rows = fv_split_length(&o->split, tile), width = o->width;
-    const real *a = o->a + start, *dy = o->dy + start, *scale = o->scale;
-    real *da = o->y + start, *part = o->part ? o->part + tile * width : NULL;
-    if (part) /* before da is written, which may take the place of dy */
-        memset(part, 0, width * sizeof(real));
-    for (size_t r = 0; r < rows; r++, a += width, dy += width, da += width) {
-        if (part)
-            for (size_t c = 0; c < width; c++)
-                part[c] += a[c] * dy[c];
-        for (size_t c = 0; c < width; c++)
-            da[c] = scale ? scale[c] * dy[c] : dy[c];
-    }
-}
-
-void fv_cpu_residual_back(FvBackend *backend, size_t rows, size_t width, const real *scale,
-                          const real *a, const real *dy, real *da, real *dscale) {
-    FvCpu *cpu = fv_cpu(backend);
-    Rows o = {.split = fv_split_sums(rows, width),
-              .width = width,
-              .scale = scale,
-              .a = a,
-              .dy = dy,
-              .y = da};
-    if (dscale) {
-        if (!fv_cpu_workspace(cpu, 0, fv_mul3(o.split.count, width, sizeof(real))))
-            return;
-        o.part = cpu->shared.data;
-    }
-    fv_cpu_run(cpu, o.split.count, 0.2 * (double)rows * (double)width, residual_back_tile, &o);
-    fv_cpu_add_parts(cpu, o.split.count, width, width, o.part, dscale);
+    Parts p = {fv_split_rows(n, 1), parts, stride, part, sum};
+    fv_cpu_run(cpu, p.split.count, ns_per_element * (double)(parts * n), add_parts_tile, &p);
 }

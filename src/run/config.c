@@ -165,7 +165,7 @@ void fv_config_format(const FvConfig *config, const FvKey *key, char *out, size_
     }
 }
 
-enum { ALLOWED = 64 }; /* bytes for what a key allows */
+enum { ALLOWED = 72 }; /* bytes for what a key allows */
 
 static const char *allowed(const FvKey *key, char out[ALLOWED]) {
     char low[32], high[32];

@@ -91,6 +91,12 @@ typedef struct FvConfig {
 #undef X
 } FvConfig;
 
+enum {
+#define X(kind, key, value, low, high, help) +1
+    FV_KEY_COUNT = 0 FV_CONFIG_KEYS(X)
+#undef X
+};
+
 typedef enum FvKeyKind { FV_KEY_size, FV_KEY_real, FV_KEY_flag, FV_KEY_text } FvKeyKind;
 
 typedef struct FvKey {

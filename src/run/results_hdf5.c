@@ -12,7 +12,7 @@
 
 _Static_assert(sizeof(hid_t) == sizeof(FvH5Id), "FvH5Id stands for hid_t");
 
-enum { GROWTH = 1 << 20 /* bytes by which the image grows */, GZIP_LEVEL = 4 };
+enum { GROWTH = 1 << 20 /* bytes by which the image grows */, GZIP_LEVEL = 1 };
 
 /* Takes in what a call returned; false when this or an earlier one failed. */
 static bool check(FvH5 *o, const char *what, hid_t result) {

@@ -303,7 +303,7 @@ static FvStatus split_overrides(Reader *r, const char *const *arguments, const F
 static FvStatus apply_mapping(Reader *r, const yaml_node_t *node, const char *what,
                               FvConfig *config, FvError *err) {
     char where[PLACE], shown[FV_NAME + 16];
-    bool given[sizeof(FvConfig)] = {false}; /* by the key's offset */
+    bool given[FV_KEY_COUNT] = {false};
     yaml_node_pair_t *pairs;
     size_t count;
     FV_TRY(pairs_of(r, node, what, &pairs, &count, err));
@@ -316,9 +316,9 @@ static FvStatus apply_mapping(Reader *r, const yaml_node_t *node, const char *wh
         const FvKey *key = fv_config_find(text);
         if (!key)
             return refuse_key(where, text, false, err);
-        if (given[key->offset])
+        if (given[key - fv_config_keys()])
             return FV_FAIL(err, FV_USAGE, "%s: key \"%s\" is given twice in %s", where, text, what);
-        given[key->offset] = true;
+        given[key - fv_config_keys()] = true;
         if (!value)
             return FV_FAIL(err, FV_USAGE, "%s: %s: a single value is needed", where,
                            fv_shown(text, shown, sizeof shown));

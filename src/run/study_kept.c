@@ -15,12 +15,15 @@ static bool same_value(const FvConfig *a, const FvConfig *b, const FvKey *key) {
     return strcmp(left, right) == 0;
 }
 
-/* Whether all experiments have the same value, which then stands in the base. */
-static bool in_base(const FvStudy *study, const FvKey *key) {
-    for (size_t e = 1; e < study->experiment_count; e++)
-        if (!same_value(&study->experiments[0].config, &study->experiments[e].config, key))
-            return false;
-    return true;
+/* Marks the keys whose value all experiments share: these stand in the base. */
+static void find_shared(const FvStudy *study, bool shared[FV_KEY_COUNT]) {
+    const FvKey *keys = fv_config_keys();
+    for (size_t k = 0; k < FV_KEY_COUNT; k++) {
+        shared[k] = true;
+        for (size_t e = 1; shared[k] && e < study->experiment_count; e++)
+            shared[k] =
+                same_value(&study->experiments[0].config, &study->experiments[e].config, &keys[k]);
+    }
 }
 
 /* Plain where that reads as a word everywhere, else between double quotes. Text and names hold no
@@ -53,14 +56,14 @@ static void write_key(FILE *out, const char *indent, const FvConfig *config, con
     fputc('\n', out);
 }
 
-static void write_experiment(FILE *out, const FvStudy *study, const FvExperiment *e) {
+static void write_experiment(FILE *out, const FvExperiment *e, const bool shared[FV_KEY_COUNT]) {
     bool empty = true;
     fputs("  ", out);
     write_text(out, e->name);
-    for (const FvKey *key = fv_config_keys(); key->name; key++)
-        if (!in_base(study, key)) {
+    for (size_t k = 0; k < FV_KEY_COUNT; k++)
+        if (!shared[k]) {
             fputs(empty ? ":\n" : "", out);
-            write_key(out, "    ", &e->config, key);
+            write_key(out, "    ", &e->config, &fv_config_keys()[k]);
             empty = false;
         }
     fputs(empty ? ": {}\n" : "", out);
@@ -69,18 +72,20 @@ static void write_experiment(FILE *out, const FvStudy *study, const FvExperiment
 char *fv_study_format(const FvStudy *study) {
     char *text = NULL;
     size_t size = 0;
+    bool shared[FV_KEY_COUNT];
     FILE *out = open_memstream(&text, &size);
     if (!out)
         return NULL;
     fputs("study: ", out);
     write_text(out, study->name);
     fputs("\nbase:\n", out);
-    for (const FvKey *key = fv_config_keys(); key->name; key++)
-        if (in_base(study, key))
-            write_key(out, "  ", &study->experiments[0].config, key);
+    find_shared(study, shared);
+    for (size_t k = 0; k < FV_KEY_COUNT; k++)
+        if (shared[k])
+            write_key(out, "  ", &study->experiments[0].config, &fv_config_keys()[k]);
     fputs("experiments:\n", out);
     for (size_t e = 0; e < study->experiment_count; e++)
-        write_experiment(out, study, &study->experiments[e]);
+        write_experiment(out, &study->experiments[e], shared);
     fputs("seeds: [", out);
     for (size_t i = 0; i < study->seed_count; i++)
         fprintf(out, "%s%llu", i ? ", " : "", (unsigned long long)study->seeds[i]);
@@ -97,7 +102,7 @@ char *fv_study_format(const FvStudy *study) {
 
 #define WAYS_OUT "use --fresh to start over, or another --out"
 
-enum { NAMED = 3, DIFFERENCES = 400 }; /* keys named in a message, bytes for them */
+enum { NAMED = 3, DIFFERENCE = 256 }; /* keys named in a message, bytes for each */
 
 /* Checkpoints change when a run is saved, never what it computes. */
 static bool changes_results(const FvKey *key) {
@@ -139,7 +144,7 @@ static FvStatus check_kept_asked(const char *path, const FvStudy *kept, const Fv
 /* Adds "lr 0.0003 (A_baseline), now 0.001" for the first experiment that differs in the key. */
 static bool describe(const FvStudy *kept, const FvStudy *asked, const FvKey *key, char *out,
                      size_t size) {
-    char old[FV_TEXT], new[FV_TEXT], old_shown[64], new_shown[64];
+    char old[FV_TEXT], new[FV_TEXT], old_shown[40], new_shown[40];
     for (size_t e = 0; e < kept->experiment_count; e++) {
         const FvExperiment *before = &kept->experiments[e], *now = find(asked, before->name);
         if (!now || same_value(&before->config, &now->config, key))
@@ -156,7 +161,7 @@ static bool describe(const FvStudy *kept, const FvStudy *asked, const FvKey *key
 
 static FvStatus check_same_values(const char *path, const FvStudy *kept, const FvStudy *asked,
                                   FvError *err) {
-    char text[DIFFERENCES] = "", one[DIFFERENCES], more[32] = "";
+    char text[NAMED * (DIFFERENCE + 2)] = "", one[DIFFERENCE], more[32] = "";
     size_t count = 0;
     for (const FvKey *key = fv_config_keys(); key->name; key++) {
         if (!changes_results(key) || !describe(kept, asked, key, one, sizeof one))

@@ -121,9 +121,8 @@ static void fill_clip(const FvModelConfig *c, FvBatch *batch, size_t b, uint64_t
 
 /* Start deviation and mean of a parameter of the tests. */
 static void healthy(const FvParam *p, double *mean, double *deviation) {
-    static const char *const large[] = {"attention.key.weight", "k_proj.weight",
-                                        "query_in.weight", "query_out.weight",
-                                        "lm_to_query.weight"};
+    static const char *const large[] = {"attention.key.weight", "k_proj.weight", "query_in.weight",
+                                        "query_out.weight", "lm_to_query.weight"};
     size_t fan_in = p->rank > 1 ? p->count / p->shape[0] : 1;
     *mean = strstr(p->name, "norm") && strstr(p->name, "weight") ? 1 : 0;
     *deviation = p->rank > 1 ? 1 / sqrt((double)fan_in) : 0.2;
@@ -183,11 +182,44 @@ void fixture_forward(Fixture *f) {
     succeeds(fv_model_measure(f->model, &f->measures, &err), &err);
 }
 
+void fixture_forward_and_back(Fixture *f) {
+    fixture_forward(f);
+    fv_model_backward(f->model);
+}
+
+FvAdamW fixture_adamw(size_t step) {
+    return (FvAdamW){.lr = 1e-2,
+                     .beta1 = 0.9,
+                     .beta2 = 0.999,
+                     .eps = 1e-8,
+                     .weight_decay = 0.5,
+                     .clip_norm = 1,
+                     .step = step};
+}
+
+void fixture_train(Fixture *f, size_t steps) {
+    for (size_t step = 1; step <= steps; step++) {
+        FvAdamW adamw = fixture_adamw(step);
+        fixture_forward_and_back(f);
+        fv_model_norm(f->model);
+        fv_model_update(f->model, &adamw);
+    }
+}
+
 double fixture_mean(const double *x, size_t n) {
     double sum = 0;
     for (size_t i = 0; i < n; i++)
         sum += x[i];
     return sum / (double)n;
+}
+
+double fixture_largest(const real *x, size_t n) {
+    double most = 0;
+    for (size_t i = 0; i < n; i++) {
+        double size = fabs((double)x[i]);
+        most = size > most || isnan(size) ? size : most;
+    }
+    return most;
 }
 
 double fixture_loss(const Fixture *f) {

@@ -9,7 +9,7 @@ typedef struct Fixture {
     FvModelConfig c;
     FvBackend *be;
     FvModel *model;
-    FvBatch batch; /* owned */
+    FvBatch batch;       /* owned */
     FvMeasures measures; /* of the last fixture_forward */
 } Fixture;
 
@@ -39,6 +39,13 @@ void fixture_forward(Fixture *);
 /* The loss that fv_model_backward differentiates, from the measures alone. */
 double fixture_loss(const Fixture *);
 
+void fixture_forward_and_back(Fixture *);
+
+/* A learning rate and decay at which every term of the update shows, clipping at 1. */
+FvAdamW fixture_adamw(size_t step);
+/* Steps 1 .. steps on the one batch. */
+void fixture_train(Fixture *, size_t steps);
+
 /* A parameter's weights, gradient or moments in the file's layout; the caller frees. */
 real *fixture_get(const Fixture *, const FvParam *, FvBlock);
 void fixture_set(Fixture *, const FvParam *, const real *values);
@@ -47,10 +54,25 @@ const FvParam *fixture_param(const Fixture *, const char *name);
 /* Mean of n values, summed in order. */
 double fixture_mean(const double *x, size_t n);
 
+/* Largest magnitude; NaN when any element is. */
+double fixture_largest(const real *x, size_t n);
+
 /* cmocka's assertion with a message: stops the test unless `good` holds. A comparison with NaN
  * must be written so that it is false. */
 void fixture_require(bool good, const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 #define REQUIRE(good, ...) fixture_require((good), __FILE__, __LINE__, __VA_ARGS__)
+
+/* Two orders of the same sums, each of a few hundred terms, through a few dozen operations: 1e-13
+ * in double. */
+#define FIXTURE_REORDERED (512 * FV_EPSILON)
+
+/* got and want are equal but for the order of sums, relative to max(|want|, scale). */
+#define CLOSE(got, want, scale, what, at)                                                          \
+    do {                                                                                           \
+        double got_ = (got), want_ = (want);                                                       \
+        REQUIRE(fabs(got_ - want_) <= FIXTURE_REORDERED * fmax(fabs(want_), (scale)),              \
+                "%s %zu: %.17g, expected %.17g", (what), (size_t)(at), got_, want_);               \
+    } while (0)
 
 #endif

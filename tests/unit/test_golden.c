@@ -18,17 +18,17 @@
 #include "run/safetensors.h"
 
 #ifdef FV_DOUBLE
-#define SERIES "series64."
-#define CHANGE "change."
+#define SERIES   "series64."
+#define CHANGE   "change."
 #define SETTINGS "64" /* suffix of the optimizer's settings in the metadata */
 #else
-#define SERIES "seriesS."
-#define CHANGE "changeS."
+#define SERIES   "seriesS."
+#define CHANGE   "changeS."
 #define SETTINGS "S"
 #endif
 
-static const char *const studied[] = {"A_baseline",    "B_temp_0.1",  "C_contrastive",
-                                      "D_freeze_dino", "E_hard_attn", "F_entropy_reg",
+static const char *const studied[] = {"A_baseline",     "B_temp_0.1",  "C_contrastive",
+                                      "D_freeze_dino",  "E_hard_attn", "F_entropy_reg",
                                       "G_combined_best"};
 static const char *const other_cases[] = {"captions", "captions_shallow_lambda", "freeze_lm",
                                           "vision_off", "one_frame"};
@@ -39,9 +39,9 @@ enum {
     MEASURES = 8
 };
 
-static const char *const measure_names[MEASURES] = {
-    "loss_fine",   "loss_coarse",  "loss_total",     "ratio",
-    "feature_sim", "entropy_fine", "entropy_coarse", "grad_norm"};
+static const char *const measure_names[MEASURES] = {"loss_fine",      "loss_coarse", "loss_total",
+                                                    "ratio",          "feature_sim", "entropy_fine",
+                                                    "entropy_coarse", "grad_norm"};
 
 typedef struct Run {
     FvTensorFile *common, *golden;
@@ -448,6 +448,18 @@ static size_t compare_series(const Run *run) {
     return failed;
 }
 
+/* The cases are what their names say, at the study's values. */
+static size_t check_clipping(const Run *run, const char *name) {
+    bool clipped = strstr(name, "_clipped"), unclipped = strstr(name, "_unclipped");
+    const double *norm = run->series[MEASURES - 1];
+    size_t failed = 0;
+    for (size_t step = 0; sizeof(real) == sizeof(float) && step < run->steps; step++)
+        failed += (clipped && !(norm[step] > 1)) || (unclipped && !(norm[step] < 1));
+    if (failed)
+        print_error("%s: not so at %zu steps\n", name, failed);
+    return failed;
+}
+
 /* --- tests ---------------------------------------------------------------------------------- */
 
 static void test_training(void **state) {
@@ -469,6 +481,7 @@ static void test_training(void **state) {
     }
     failed += compare_series(&run);
     failed += compare_changes(&run);
+    failed += check_clipping(&run, *state);
     close_run(&run);
     REQUIRE(failed == 0, "%s: %zu quantities differ", (const char *)*state, failed);
 }

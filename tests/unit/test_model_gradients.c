@@ -206,8 +206,7 @@ static void compare_slope(const Line *line, const real *g, double scale, const c
 
 /* A random direction, which moves every element, and single elements: all of a small tensor, some
  * of a large one. */
-static void check_tensor(Fixture *f, const FvParam *p, size_t elements, double loss,
-                         double scale) {
+static void check_tensor(Fixture *f, const FvParam *p, size_t elements, double loss, double scale) {
     real *w = fixture_get(f, p, FV_BLOCK_W), *g = fixture_get(f, p, FV_BLOCK_G);
     double *d = calloc(p->count, sizeof *d);
     REQUIRE(d != NULL, "out of memory");
@@ -356,10 +355,7 @@ static const struct {
     {"all terms", everything},
 };
 
-enum {
-    CORNERS = sizeof corners / sizeof *corners,
-    CASES = 2 * (FIXTURE_EXPERIMENTS + CORNERS)
-};
+enum { CORNERS = sizeof corners / sizeof *corners, CASES = 2 * (FIXTURE_EXPERIMENTS + CORNERS) };
 
 static void fill_cases(Case *cases) {
     for (size_t i = 0; i < CASES; i++) {
@@ -386,8 +382,8 @@ int main(void) {
     size_t count = 0;
     fill_cases(cases);
     for (size_t i = 0; i < CASES; i++) {
-        tests[count++] = (struct CMUnitTest){cases[i].name, test_every_trained_tensor, NULL, NULL,
-                                             &cases[i]};
+        tests[count++] =
+            (struct CMUnitTest){cases[i].name, test_every_trained_tensor, NULL, NULL, &cases[i]};
 #ifdef FV_DOUBLE
         tests[count++] =
             (struct CMUnitTest){cases[i].name, test_finite_differences, NULL, NULL, &cases[i]};
