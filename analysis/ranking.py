@@ -119,7 +119,7 @@ def cautions(study, rows):
     if used and min(used) == 1:
         one = "One seed" if max(used) == 1 else "Some experiments have one seed, which"
         yield (f"{one} shows no uncertainty: differences may be chance. More seeds: "
-               "seeds: [0, 1, 2, 3, 4] in the study.")
+               "seeds=0,1,2,3,4 on the command line.")
     if used and max(used) > 1:
         yield "+-: standard deviation over seeds of the ratio, not an interval of its mean."
     if len({row["steps"] for row in rows if row["seeds"]}) > 1:

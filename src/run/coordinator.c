@@ -13,7 +13,7 @@ enum { TAG_TO_ROOT = 100, TAG_REPLY = 1000 /* + slot */ };
 
 /* results.h5 is rewritten this often (seconds), and never so often that writing it takes more
  * than `most_share` of one core; it may be 10 seconds old, or 1 % of a long run. */
-static const double publish_seconds = 5, most_share = 0.01, draw_seconds = 0.25;
+static const double publish_seconds = 4, most_share = 0.01, draw_seconds = 0.25;
 
 typedef enum FvMessageKind { ASK, TELL, DONE } FvMessageKind;
 

@@ -341,11 +341,17 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
     return fv_coordinator_start(&config, &s->coordinator, err);
 }
 
-static FvStatus prepare_out(Session *s, FvError *err) {
+static FvStatus open_out(Session *s, FvError *err) {
+    return s->in->world.rank == 0
+               ? fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->lock, err)
+               : FV_OK;
+}
+
+static FvStatus keep_out(Session *s, FvError *err) {
     char path[FV_PATH];
     if (s->in->world.rank != 0)
         return FV_OK;
-    FV_TRY(fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->lock, err));
+    FV_TRY(fv_outdir_keep(s->out, &s->study, s->in->options.fresh, err));
     FV_TRY(fv_path(err, path, sizeof path, "%s/log.txt", s->out));
     return fv_display_create(path, s->name_list, job_count(s),
                              fv_display_is_live(s->in->world.by_mpirun), &s->display, err);
@@ -387,9 +393,10 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
         return w->rank != 0 ? FV_OK
                : o->list    ? list_jobs(s)
                             : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
-    TOGETHER(prepare_out(s, err));
+    TOGETHER(open_out(s, err));
     TOGETHER(open_data(s, err));
     TOGETHER(check_jobs(s, err));
+    TOGETHER(keep_out(s, err));
     note_versions(s);
     TOGETHER(fv_group_create(w, o->ranks_per_experiment, o->jobs_per_rank, &s->group, err));
     if (w->rank == 0)

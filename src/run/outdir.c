@@ -64,25 +64,18 @@ static FvStatus start_over(const char *out, const FvStudy *study, FvError *err) 
     return remove_ours(out, err);
 }
 
-static FvStatus keep_study(const char *out, const FvStudy *study, FvError *err) {
-    char path[FV_PATH];
-    FV_TRY(fv_path(err, path, sizeof path, "%s/study.yaml", out));
-    if (access(path, F_OK) == 0)
-        FV_TRY(fv_study_same(path, study, err));
-    char *text = fv_study_format(study);
-    if (!text)
-        return FV_FAIL(err, FV_DEVICE, "out of memory for the study's text");
-    FvBytes bytes = {text, strlen(text)};
-    FvStatus status = fv_file_write(path, &bytes, 1, err);
-    free(text);
-    return status;
-}
-
 FvStatus fv_outdir_open(const char *out, const FvStudy *study, bool fresh, int *lock,
                         FvError *err) {
+    char path[FV_PATH];
     *lock = -1;
     FV_TRY(fv_make_folder(out, err));
     FV_TRY(take_lock(out, lock, err));
+    FV_TRY(fv_path(err, path, sizeof path, "%s/study.yaml", out));
+    return fresh || access(path, F_OK) != 0 ? FV_OK : fv_study_same(path, study, err);
+}
+
+FvStatus fv_outdir_keep(const char *out, const FvStudy *study, bool fresh, FvError *err) {
+    char path[FV_PATH];
     if (fresh)
         FV_TRY(start_over(out, study, err));
     FV_TRY(fv_remove_temporaries(out, err));
@@ -91,7 +84,14 @@ FvStatus fv_outdir_open(const char *out, const FvStudy *study, bool fresh, int *
         fv_job_folder(out, study, j, folder, sizeof folder);
         FV_TRY(fv_remove_temporaries(folder, err));
     }
-    return keep_study(out, study, err);
+    FV_TRY(fv_path(err, path, sizeof path, "%s/study.yaml", out));
+    char *text = fv_study_format(study);
+    if (!text)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the study's text");
+    FvBytes bytes = {text, strlen(text)};
+    FvStatus status = fv_file_write(path, &bytes, 1, err);
+    free(text);
+    return status;
 }
 
 void fv_outdir_close(int lock) {

@@ -4,10 +4,14 @@
 
 #include "run/config.h"
 
-/* Makes OUT, takes its lock (FV_IO when another fovea holds it), removes an earlier run's files
- * when `fresh`, and otherwise refuses (FV_USAGE) a study other than the one kept in
- * OUT/study.yaml. Keeps the resolved study there. *lock is for fv_outdir_close. */
+/* Makes OUT, takes its lock (FV_IO when another fovea holds it) and, unless `fresh`, refuses
+ * (FV_USAGE) a study other than the one kept in OUT/study.yaml. Changes nothing that is there.
+ * *lock is for fv_outdir_close. */
 FvStatus fv_outdir_open(const char *out, const FvStudy *, bool fresh, int *lock, FvError *err);
+
+/* Once the study is known to run: removes an earlier run's files when `fresh`, and what killed
+ * processes have left half written, and keeps the resolved study in OUT/study.yaml. */
+FvStatus fv_outdir_keep(const char *out, const FvStudy *, bool fresh, FvError *err);
 void fv_outdir_close(int lock);
 
 #endif

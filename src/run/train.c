@@ -12,7 +12,7 @@
 #include "run/evaluate.h"
 #include "run/files.h"
 
-static const double history_seconds = 4; /* between rewrites of a job's history file */
+static const double history_seconds = 3; /* between rewrites of a job's history file */
 static const double report_seconds = 0.25;
 
 typedef struct FvTrainer {

@@ -13,7 +13,8 @@ while time.time() - start < 13:
         continue
     with h5py.File(path, "r") as f:
         assert f.attrs["format"] == "fovea-results"
-        seen.add(os.fstat(f.id.get_vfd_handle()).st_ino)
+        info = os.fstat(f.id.get_vfd_handle())
+        seen.add((info.st_ino, info.st_mtime_ns))
         for name, run in f["runs"].items():
             steps = len(run["seed_0/loss_fine"])
             assert steps >= last.get(name, 0), name

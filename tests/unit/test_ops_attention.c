@@ -312,15 +312,12 @@ static void query_breaks_ties_by_the_lower_index(void **state) {
 
 static void query_passes_nan_on(void **state) {
     Testing *t = *state;
-    for (size_t at = 0; at < 20; at++)
+    for (size_t at = 0; at < 20; at += 6)
         for (size_t top_k = 0; top_k < 20; top_k += 7) {
             Fovea c = query_call(t, 2, 20, 1, 1, top_k);
             c.k[at] = (real)NAN;
             query_forward(&c);
             assert_true(isnan(c.out[0]) && isfinite(c.out[1]));
-            t->count -= 7; /* release: the table of tensors is small */
-            for (size_t i = 0; i < 7; i++)
-                t->ops->release(t->be, t->block[t->count + i]);
         }
 }
 
