@@ -165,17 +165,24 @@ void fv_config_format(const FvConfig *config, const FvKey *key, char *out, size_
     }
 }
 
-enum { ALLOWED = 72 }; /* bytes for what a key allows */
+enum { ALLOWED = 72, LIMIT = 32 }; /* bytes for what a key allows, and for one end of a range */
+
+/* 1e+06 rather than 1000000, where the key takes exponents. */
+static const char *format_limit(const FvKey *key, double value, char out[LIMIT]) {
+    snprintf(out, LIMIT, "%g", value);
+    return key->kind == FV_KEY_real && strtod(out, NULL) == value ? out
+                                                                  : format_real(value, out, LIMIT);
+}
 
 static const char *allowed(const FvKey *key, char out[ALLOWED]) {
-    char low[32], high[32];
+    char low[LIMIT], high[LIMIT];
     if (key->kind == FV_KEY_flag)
         snprintf(out, ALLOWED, "%s|%s", flag_word(key, true), flag_word(key, false));
     else if (key->kind == FV_KEY_text)
         snprintf(out, ALLOWED, "%s", *key->choices ? key->choices : "text");
     else
-        snprintf(out, ALLOWED, "%s to %s", format_real(key->low, low, sizeof low),
-                 format_real(key->high, high, sizeof high));
+        snprintf(out, ALLOWED, "%s to %s", format_limit(key, key->low, low),
+                 format_limit(key, key->high, high));
     return out;
 }
 
@@ -233,7 +240,9 @@ static bool parse_flag(const char *text, bool *out) {
 
 static bool is_choice(const char *choices, const char *text) {
     size_t n = strlen(text);
-    for (const char *c = choices; n > 0 && c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL)
+    if (n == 0 || strchr(text, '|'))
+        return false;
+    for (const char *c = choices; c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL)
         if (strncmp(c, text, n) == 0 && (c[n] == '|' || c[n] == '\0'))
             return true;
     return false;

@@ -116,8 +116,7 @@ const FvKey *fv_config_find(const char *name);
 /* The defaults of the table, with scale still "auto". */
 const FvConfig *fv_config_defaults(void);
 
-/* Sets the keys that the preset of config->scale ("small" or "seed") gives other values than the
- * table. */
+/* Sets the keys of the preset of config->scale: those of "seed"; "small" is the table itself. */
 void fv_config_preset(FvConfig *);
 
 /* Sets a key from text. FV_USAGE tells `where` ("file:line", "command line: ..."), key, text, what

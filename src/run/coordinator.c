@@ -1,5 +1,6 @@
 #include "run/coordinator.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,15 +12,17 @@
 
 enum { TAG_TO_ROOT = 100, TAG_REPLY = 1000 /* + slot */ };
 
-/* results.h5 is rewritten this often (seconds), and never so often that writing it takes more
- * than `most_share` of one core; it may be 10 seconds old, or 1 % of a long run. */
-static const double publish_seconds = 4, most_share = 0.01, draw_seconds = 0.25;
+/* Seconds. results.h5 is rewritten every publish_seconds, or less often where that would take more
+ * than most_share of a core, but so that with a history's own age it is at most 10 seconds old, or
+ * long_share of a long run. */
+static const double publish_seconds = 4, publish_seconds_most = 6, draw_seconds = 0.25;
+static const double most_share = 0.01, long_share = 0.01;
 
 typedef enum FvMessageKind { ASK, TELL, DONE } FvMessageKind;
 
 typedef struct FvMessage {
     FvMessageKind kind;
-    size_t slot; /* ASK: of the asking group root */
+    size_t slot;         /* ASK: of the asking group root */
     FvProgress progress; /* TELL */
 } FvMessage;
 
@@ -37,13 +40,18 @@ struct FvCoordinator {
     FvJobRecord *records;
     struct timespec *loaded; /* change time of the history file in `records` */
     FvError write_error;     /* the last publication's */
-    double publish_cost, last_publish;
+    double publish_cost;     /* seconds of processor time */
+    double last_publish, start;
 };
 
-static double now(void) {
+static double clock_seconds(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static double now(void) {
+    return clock_seconds(CLOCK_MONOTONIC);
 }
 
 void fv_job_folder(const char *out, const FvStudy *study, size_t job, char *path, size_t size) {
@@ -78,19 +86,20 @@ static FvStatus refresh(FvCoordinator *c, size_t job, FvError *err) {
 }
 
 static FvStatus publish(FvCoordinator *c, FvError *err) {
-    double start = now();
+    double start = clock_seconds(CLOCK_THREAD_CPUTIME_ID);
     for (size_t j = 0; j < c->jobs; j++)
         FV_TRY(refresh(c, j, err));
     FV_TRY(fv_results_write(c->c.out, c->c.study, c->records, c->c.map_pixels, c->c.data,
                             &c->c.provenance, err));
-    c->publish_cost = now() - start;
+    c->publish_cost = clock_seconds(CLOCK_THREAD_CPUTIME_ID) - start;
     c->last_publish = now();
     return FV_OK;
 }
 
 static bool publish_due(const FvCoordinator *c) {
-    double pause = c->publish_cost / most_share;
-    return now() - c->last_publish >= (pause > publish_seconds ? pause : publish_seconds);
+    double most = fmax(publish_seconds_most, long_share * (now() - c->start));
+    double pause = fmin(c->publish_cost / most_share, most);
+    return now() - c->last_publish >= fmax(pause, publish_seconds);
 }
 
 /* The run goes on without its shop window: histories and checkpoints have their own files. */
@@ -199,6 +208,7 @@ FvStatus fv_coordinator_start(const FvCoordinatorConfig *config, FvCoordinator *
     if (!c)
         return FV_FAIL(err, FV_DEVICE, "out of memory for the coordinator");
     c->c = *config;
+    c->start = now();
     c->jobs = config->study->experiment_count * config->study->seed_count;
     FvStatus status = config->world->rank == 0 ? start_on_root(c, err) : FV_OK;
     if (status != FV_OK) {

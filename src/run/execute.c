@@ -14,6 +14,7 @@
 #include "run/plan.h"
 #include "run/processor.h"
 #include "run/ranking.h"
+#include "run/sha256.h"
 #include "run/train.h"
 
 /* Everything one rank holds during a study. */
@@ -24,13 +25,15 @@ typedef struct Session {
     bool *wanted; /* [jobs] */
     int lock;     /* rank 0: of OUT */
     size_t threads;
-    FvData **data;           /* [experiments]; experiments with equal data share one */
-    const FvDataInfo **info; /* [experiments] */
-    uint8_t **map_pixels;    /* rank 0, [experiments], shared like data */
+    FvData **data;               /* [experiments]; experiments with equal data share one */
+    const FvDataInfo **info;     /* [experiments] */
+    uint8_t **map_pixels;        /* rank 0, [experiments], shared like data */
     char (*names)[FV_NAME + 32]; /* [jobs] */
     const char **name_list;
     char *hosts;
     char libraries[512], start[32];
+    char *weights, *weights_sha256; /* init_from files and their sums, one a line */
+    size_t memory_before;           /* bytes held before the study's own */
     FvGroup group;
     FvDisplay *display;
     FvCoordinator *coordinator;
@@ -51,10 +54,9 @@ static FvStatus check_ranks(const Session *s, FvError *err) {
                        ranks, size);
     for (size_t e = 0; e < s->study.experiment_count; e++)
         if (s->study.experiments[e].config.batch % ranks != 0)
-            return FV_FAIL(err, FV_USAGE,
-                           "--ranks-per-experiment %zu does not divide %s's batch of %zu clips",
-                           ranks, s->study.experiments[e].name,
-                           s->study.experiments[e].config.batch);
+            return FV_FAIL(
+                err, FV_USAGE, "--ranks-per-experiment %zu does not divide %s's batch of %zu clips",
+                ranks, s->study.experiments[e].name, s->study.experiments[e].config.batch);
     return FV_OK;
 }
 
@@ -72,8 +74,9 @@ static FvStatus choose_jobs(Session *s, FvError *err) {
                 strncmp(s->study.experiments[e].name, only, length) == 0)
                 break;
         if (e == s->study.experiment_count)
-            return FV_FAIL(err, FV_USAGE, "--only %.*s: %s has no such experiment; --list shows them",
-                           (int)length, only, s->in->study_path);
+            return FV_FAIL(err, FV_USAGE,
+                           "--only %.*s: %s has no such experiment; --list shows them", (int)length,
+                           only, s->in->study_path);
         for (size_t i = 0; i < seeds; i++)
             s->wanted[e * seeds + i] = true;
         only += length + (only[length] == ',');
@@ -98,8 +101,8 @@ static FvStatus name_jobs(Session *s, FvError *err) {
 static FvStatus read_study(Session *s, FvError *err) {
     const FvOptions *o = &s->in->options;
     /* without a GPU the small scale is the one that fits */
-    FV_TRY(fv_study_load(s->in->study_path, o->overrides, o->override_count, "small", &s->study,
-                         err));
+    FV_TRY(
+        fv_study_load(s->in->study_path, o->overrides, o->override_count, "small", &s->study, err));
     FV_TRY(check_ranks(s, err));
     FV_TRY(choose_jobs(s, err));
     FV_TRY(name_jobs(s, err));
@@ -230,15 +233,17 @@ static FvStatus tell_ranks(Session *s, FvError *err) {
                                  64, all[r].host, device, all[r].group);
     }
     if (at_once < jobs)
-        fv_display_log(s->display, "%zu jobs, %zu at once; each group takes the next when it is free",
-                       jobs, at_once);
+        fv_display_log(s->display,
+                       "%zu jobs, %zu at once; each group takes the next when it is free", jobs,
+                       at_once);
     free(all);
     return FV_OK;
 }
 
 static void tell_study(Session *s) {
     const FvConfig *c = &s->study.experiments[0].config;
-    fv_display_log(s->display, "study %s (%s), %s scale: %zu experiments x %zu seeds, %zu steps each",
+    fv_display_log(s->display,
+                   "study %s (%s), %s scale: %zu experiments x %zu seeds, %zu steps each",
                    s->study.name, s->in->study_path, c->scale, s->study.experiment_count,
                    s->study.seed_count, c->steps);
     fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
@@ -248,6 +253,27 @@ static void tell_study(Session *s) {
         fv_display_log(s->display, "the encoder starts untrained (no init_from): what freeze_dino "
                                    "preserves here is a random encoder, not a pretrained one");
     fv_display_log(s->display, "results: %s/results.h5", s->out);
+}
+
+/* Held at most, beside what --dry-run predicts for this rank. */
+static void tell_memory(Session *s) {
+    FvError ignored;
+    size_t jobs = 0;
+    for (size_t e = 0; e < s->study.experiment_count; e++) {
+        FvJobPlan plan;
+        const FvConfig *c = &s->study.experiments[e].config;
+        if (fv_plan_job(c, s->group.size, s->info[e], &plan, &ignored) == FV_OK &&
+            fv_plan_bytes(&plan) > jobs)
+            jobs = fv_plan_bytes(&plan);
+    }
+    size_t planned = fv_add(fv_mul(jobs, s->group.slots), s->info[0]->bytes);
+    size_t peak = fv_memory_use().peak;
+    if (peak > s->memory_before)
+        fv_display_log(s->display,
+                       "memory of rank 0: %.1f MB at most beyond the %.1f MB of the "
+                       "program itself, %.1f MB planned",
+                       (double)(peak - s->memory_before) / 1e6, (double)s->memory_before / 1e6,
+                       (double)planned / 1e6);
 }
 
 /* --- running -------------------------------------------------------------------------------- */
@@ -301,8 +327,8 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
     for (; status == FV_OK && started < s->group.slots; started++) {
         slots[started] = (Slot){.session = s, .run = &run, .index = started};
         if (pthread_create(&threads[started], NULL, run_slot, &slots[started]) != 0)
-            status = FV_FAIL(err, FV_DEVICE, "thread for job slot %zu could not be started",
-                             started);
+            status =
+                FV_FAIL(err, FV_DEVICE, "thread for job slot %zu could not be started", started);
     }
     for (size_t i = 0; i < started; i++)
         pthread_join(threads[i], NULL);
@@ -317,8 +343,30 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
     return status;
 }
 
+/* The files that experiments start from, each named once. */
+static FvStatus note_weights(Session *s, FvError *err) {
+    size_t n = s->study.experiment_count;
+    s->weights = calloc(n + 1, FV_TEXT);
+    s->weights_sha256 = calloc(n + 1, FV_SHA256_TEXT);
+    if (!s->weights || !s->weights_sha256)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for %zu weights files", n);
+    for (size_t e = 0; e < n; e++) {
+        const char *path = s->study.experiments[e].config.init_from;
+        char sum[FV_SHA256_TEXT];
+        bool known = !path[0];
+        for (size_t f = 0; f < e; f++)
+            known = known || strcmp(path, s->study.experiments[f].config.init_from) == 0;
+        if (known)
+            continue;
+        FV_TRY(fv_sha256_file(path, sum, err));
+        const char *separator = s->weights[0] ? "\n" : "";
+        strcat(strcat(s->weights, separator), path);
+        strcat(strcat(s->weights_sha256, separator), sum);
+    }
+    return FV_OK;
+}
+
 static FvStatus start_coordinator(Session *s, FvError *err) {
-    const FvConfig *c = &s->study.experiments[0].config;
     FvCoordinatorConfig config = {
         .world = &s->in->world,
         .group = &s->group,
@@ -332,8 +380,8 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
                        .hosts = s->hosts,
                        .start_time = s->start,
                        .end_time = "",
-                       .weights = c->init_from,
-                       .weights_sha256 = "",
+                       .weights = s->weights,
+                       .weights_sha256 = s->weights_sha256,
                        .libraries = s->libraries},
         .data = s->info,
         .map_pixels = (const uint8_t *const *)s->map_pixels,
@@ -365,8 +413,7 @@ static void note_versions(Session *s) {
     strftime(s->start, sizeof s->start, "%Y-%m-%dT%H:%M:%SZ", &utc);
     fv_mpi_version(mpi, sizeof mpi);
     fv_hdf5_version(hdf5, sizeof hdf5);
-    snprintf(s->libraries, sizeof s->libraries, "%s\nHDF5 %s\n%s\n", mpi, hdf5,
-             fv_cpu_blas_name());
+    snprintf(s->libraries, sizeof s->libraries, "%s\nHDF5 %s\n%s\n", mpi, hdf5, fv_cpu_blas_name());
 }
 
 static FvStatus list_jobs(const Session *s) {
@@ -386,6 +433,7 @@ static FvStatus list_jobs(const Session *s) {
 static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err) {
     const FvOptions *o = &s->in->options;
     const FvWorld *w = &s->in->world;
+    s->memory_before = fv_memory_use().now;
     TOGETHER(read_study(s, err));
     size_t cores = fv_claim_cores(w);
     s->threads = o->threads ? o->threads : cores;
@@ -396,6 +444,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     TOGETHER(open_out(s, err));
     TOGETHER(open_data(s, err));
     TOGETHER(check_jobs(s, err));
+    TOGETHER(note_weights(s, err));
     TOGETHER(keep_out(s, err));
     note_versions(s);
     TOGETHER(fv_group_create(w, o->ranks_per_experiment, o->jobs_per_rank, &s->group, err));
@@ -410,14 +459,17 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     }
     FvError late;
     FvStatus finished = s->group.rank == 0 ? fv_coordinator_finish(s->coordinator, &late) : FV_OK;
-    if (w->rank == 0)
+    if (w->rank == 0) {
+        tell_memory(s);
         fv_print_ranking(&s->study, fv_coordinator_records(s->coordinator), s->out);
+    }
     if (status == FV_OK && finished != FV_OK) {
         status = finished;
         *err = late;
         if (finished == FV_JOB)
-            FV_FAIL(err, FV_JOB, "a job failed (its reason is above and in %s/results.h5); the "
-                                 "others are done",
+            FV_FAIL(err, FV_JOB,
+                    "a job failed (its reason is above and in %s/results.h5); the "
+                    "others are done",
                     s->out);
         if (finished == FV_STOPPED)
             FV_FAIL(err, FV_STOPPED, "stopped; the same command goes on from the checkpoints");
@@ -439,6 +491,8 @@ FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError 
     close_data(&s);
     fv_outdir_close(s.lock);
     free(s.hosts);
+    free(s.weights);
+    free(s.weights_sha256);
     free(s.names);
     free(s.name_list);
     free(s.wanted);

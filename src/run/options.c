@@ -16,7 +16,7 @@
     X(jobs_per_rank, "jobs-per-rank", "J", count, "jobs that a rank group runs at once; default 1") \
     X(threads, "threads", "N", count, "threads per rank; default its share of the cores")          \
     X(fresh, "fresh", NULL, flag, "start over: remove what an earlier run left in DIR")            \
-    X(list, "list", NULL, flag, "list the study's jobs and their state, and stop")                 \
+    X(list, "list", NULL, flag, "list the study's jobs, and stop")                 \
     X(dry_run, "dry-run", NULL, flag,                                                              \
       "print jobs, groups, parameters, memory, disk and time, and stop")                           \
     X(help, "help", NULL, flag, "this text, with every configuration key")                         \

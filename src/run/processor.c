@@ -1,6 +1,7 @@
 #include "run/processor.h"
 
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -62,4 +63,20 @@ size_t fv_claim_cores(const FvWorld *world) {
     }
     sched_setaffinity(0, sizeof mine, &mine);
     return cores;
+}
+
+FvMemoryUse fv_memory_use(void) {
+    FvMemoryUse use = {0, 0};
+    FILE *file = fopen("/proc/self/status", "r");
+    char line[256];
+    while (file && fgets(line, sizeof line, file)) {
+        unsigned long kib = 0;
+        if (sscanf(line, "VmRSS: %lu kB", &kib) == 1)
+            use.now = kib * 1024;
+        else if (sscanf(line, "VmHWM: %lu kB", &kib) == 1)
+            use.peak = kib * 1024;
+    }
+    if (file)
+        fclose(file);
+    return use;
 }

@@ -15,4 +15,11 @@ void fv_settle_blas(char **argv);
  * a host was chosen by somebody and is kept. Collective over the host. */
 size_t fv_claim_cores(const FvWorld *);
 
+/* Bytes of memory that this process holds, and has held at most (0 where the system does not
+ * tell). */
+typedef struct FvMemoryUse {
+    size_t now, peak;
+} FvMemoryUse;
+FvMemoryUse fv_memory_use(void);
+
 #endif

@@ -8,8 +8,9 @@
 #include "run/config.h"
 
 enum {
-    STUDY_BYTES = 1 << 20, /* longest study file */
-    MOST = 10000,          /* experiments, and seeds */
+    STUDY_BYTES = 1 << 18, /* longest study file */
+    BRACKETS = 8000,       /* in it: libyaml's time grows with the square of their nesting */
+    MOST = 1000,           /* experiments, and seeds */
     PLACE = FV_TEXT + 32   /* bytes for "file:line" or "command line: argument" */
 };
 
@@ -116,6 +117,13 @@ static FvStatus refuse_key(const char *where, const char *key, bool command_line
 
 /* --- the file ------------------------------------------------------------------------------- */
 
+static size_t count_brackets(const char *text, size_t size) {
+    size_t count = 0;
+    for (size_t i = 0; i < size; i++)
+        count += text[i] == '[' || text[i] == '{';
+    return count;
+}
+
 static FvStatus read_text(const char *path, char **text, size_t *size, FvError *err) {
     FILE *file = fopen(path, "rb");
     *text = NULL;
@@ -133,9 +141,12 @@ static FvStatus read_text(const char *path, char **text, size_t *size, FvError *
     else if (failed)
         status = FV_FAIL(err, FV_USAGE, "%s: cannot be read: %s", path, strerror(reason));
     else if (*size > STUDY_BYTES)
-        status = FV_FAIL(err, FV_USAGE, "%s: longer than 1 MiB: this is no study", path);
+        status = FV_FAIL(err, FV_USAGE, "%s: longer than 256 KiB: this is no study", path);
     else if (memchr(bytes, 0, *size))
         status = FV_FAIL(err, FV_USAGE, "%s: holds zero bytes: this is no UTF-8 text", path);
+    else if (count_brackets(bytes, *size) > BRACKETS)
+        status = FV_FAIL(err, FV_USAGE, "%s: holds more than %d opening brackets: this is no study",
+                         path, BRACKETS);
     if (status != FV_OK) {
         free(bytes);
         return status;

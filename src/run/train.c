@@ -35,7 +35,8 @@ typedef struct FvTrainer {
      * them again, and what was shown must not shrink meanwhile */
     size_t shown_steps, shown_evals, shown_maps;
     double last_history, last_checkpoint, last_report, started;
-    uint64_t first_step, checkpoint_step;
+    double rate_start; /* from here and rate_step on, steps per second are counted */
+    uint64_t rate_step, checkpoint_step;
 } FvTrainer;
 
 static double now(void) {
@@ -75,7 +76,7 @@ static double recent(const FvHistory *h, int series) {
 static void report(FvTrainer *t, const char *text) {
     if (!is_root(t))
         return;
-    double seconds = now() - t->started;
+    double seconds = now() - t->rate_start;
     FvProgress p = {.job = t->job,
                     .state = t->info.state,
                     .step = t->step,
@@ -83,7 +84,7 @@ static void report(FvTrainer *t, const char *text) {
                     .loss_fine = recent(&t->history, FV_SERIES_loss_fine),
                     .loss_coarse = recent(&t->history, FV_SERIES_loss_coarse),
                     .ratio = recent(&t->history, FV_SERIES_ratio)};
-    p.rate = seconds > 0 ? (double)(t->step - t->first_step) / seconds : 0;
+    p.rate = seconds > 0 ? (double)(t->step - t->rate_step) / seconds : 0;
     snprintf(p.text, sizeof p.text, "%s", text);
     fv_coordinator_report(t->run->coordinator, &p);
     t->last_report = now();
@@ -311,6 +312,7 @@ static FvStatus train_loop(FvTrainer *t, FvError *err) {
     bool stop = false;
     if (t->step == 0 && t->history.evals == 0)
         FV_TRY(measure_if_due(t, err));
+    t->rate_start = now();
     while (t->step < t->config->steps && !stop) {
         FV_TRY(train_step(t, &stop, err));
         FV_TRY(measure_if_due(t, err));
@@ -362,8 +364,8 @@ static FvStatus begin(FvTrainer *t, FvError *err) {
     FV_TRY(share(t, err));
     FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,
                            t->c.max_text, t->step, &t->loader, err));
-    t->first_step = t->checkpoint_step = t->step;
-    t->started = t->last_checkpoint = t->last_history = now();
+    t->rate_step = t->checkpoint_step = t->step;
+    t->started = t->rate_start = t->last_checkpoint = t->last_history = now();
     t->info.state = FV_JOB_RUNNING;
     char text[64] = "";
     if (t->step > 0)

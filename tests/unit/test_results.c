@@ -376,13 +376,16 @@ static void test_results_values(void **state) {
     write_it(s, *state);
     hid_t file = open_results(*state);
     const FvHistory *h = &s->records[1].history;
-    assert_int_equal(read_doubles(file, "/runs/A_baseline/seed_10/ratio", values, MOST_VALUES), 120);
+    assert_int_equal(read_doubles(file, "/runs/A_baseline/seed_10/ratio", values, MOST_VALUES),
+                     120);
     assert_memory_equal(values, h->series[FV_SERIES_ratio], 120 * sizeof *values);
-    assert_int_equal(read_doubles(file, "/runs/A_baseline/seed_10/eval/cosine", values, MOST_VALUES),
-                     2 * 6 * FRAMES);
+    assert_int_equal(
+        read_doubles(file, "/runs/A_baseline/seed_10/eval/cosine", values, MOST_VALUES),
+        2 * 6 * FRAMES);
     assert_memory_equal(values, h->eval[FV_EVAL_cosine], 2 * 6 * FRAMES * sizeof *values);
-    assert_int_equal(read_doubles(file, "/runs/A_baseline/seed_0/attention/map", values, MOST_VALUES),
-                     3 * 2 * MAP_CLIPS * FRAMES * GRID * GRID);
+    assert_int_equal(
+        read_doubles(file, "/runs/A_baseline/seed_0/attention/map", values, MOST_VALUES),
+        3 * 2 * MAP_CLIPS * FRAMES * GRID * GRID);
     for (size_t i = 0; i < 3 * 2 * MAP_CLIPS * FRAMES * GRID * GRID; i++)
         assert_true(values[i] == (double)s->records[0].history.map[i]);
     assert_int_equal(read_doubles(file, "/summary/loss_fine", values, MOST_VALUES), 4 * 300);
