@@ -118,8 +118,8 @@ FV_INLINE void fv_normal_cdf(real x, real *cdf, real *e) {
 /* exp(x + low) for |low| <= 0.1, x clamped to where the result is 0 or inf: x = n ln 2 + r, and
  * e^r = 1 + r + r^2 p(r). p was fitted by Lawson's reweighted least squares to the relative error
  * on |r| <= 0.45: at most 1.9e-8 there and 3e-9 on |r| <= 0.35, which is all of it when low = 0.
- * Measured with rounding: 1.0 units in the last place over all normal results. 2^n is applied
- * in two halves, so that results below the normal range are right too. */
+ * Measured on every 16th float, with rounding: at most 1.2 units in the last place of all normal
+ * results. 2^n is applied in two halves, so that results below the normal range are right too. */
 FV_INLINE real fv_exp_sum(real x, real low) {
     const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves an integer in the low bits */
     x = x > 100.0f ? 100.0f : x;     /* comparisons that let NaN pass */
@@ -152,7 +152,8 @@ FV_INLINE real fv_exp(real x) {
 /* Phi(x) of the standard normal and exp(-x^2 / 2), with a small relative error in the negative
  * tail too: Phi(-a) = exp(-a^2 / 2) t P(t), t = 1 / (1 + 0.3 a). P was fitted like the polynomial
  * above, to erfcx(a / sqrt 2) / 2 on 0 <= a <= 15: relative error at most 3.5e-9 before rounding.
- * a^2 is split into the exact square of a's leading 11 bits and the rest. */
+ * Measured likewise: GELU within 4.4 eps of its value for |x| < 13. a^2 is split into the exact
+ * square of a's leading 11 bits and the rest. */
 FV_INLINE void fv_normal_cdf(real x, real *cdf, real *e) {
     float a = x < 0.0f ? -x : x;
     a = a > 15.0f ? 15.0f : a; /* Phi(-15) is below the smallest float */

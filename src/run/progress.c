@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { BAR = 20, LINE = 768 };
+enum { BAR = 14, LINE = 768, WIDE = 118, SCREEN = 16384 };
 static const double plain_seconds = 10; /* between plain lines of one job */
 
 struct FvDisplay {
@@ -52,9 +52,9 @@ FvStatus fv_display_create(const char *log_path, const char *const *names, size_
     d->last_plain = calloc(jobs, sizeof *d->last_plain);
     d->log = fopen(log_path, "a");
     if (!d->progress || !d->last_plain || !d->log) {
-        FvStatus status = d->log ? FV_FAIL(err, FV_DEVICE, "out of memory for the display")
-                                 : FV_FAIL(err, FV_IO, "%s: cannot be written: %s", log_path,
-                                           strerror(errno));
+        FvStatus status =
+            d->log ? FV_FAIL(err, FV_DEVICE, "out of memory for the display")
+                   : FV_FAIL(err, FV_IO, "%s: cannot be written: %s", log_path, strerror(errno));
         if (d->log)
             fclose(d->log);
         free(d->progress);
@@ -140,7 +140,8 @@ static void format_job(const FvDisplay *d, const FvProgress *p, bool bar, char *
         bars[0] = ' ';
         bars[BAR + 1] = '\0';
     }
-    snprintf(out, size, "%-24s%s %zu/%zu  fine %.4f  coarse %.4f  ratio %.4f  %.1f steps/s  %s left",
+    snprintf(out, size,
+             "%-24s%s %zu/%zu  fine %.4f  coarse %.4f  ratio %.4f  %.1f steps/s  %s left",
              d->names[p->job], bars, p->step, p->steps, p->loss_fine, p->loss_coarse, p->ratio,
              p->rate, left);
 }
@@ -168,26 +169,31 @@ void fv_display_update(FvDisplay *d, const FvProgress *p) {
     pthread_mutex_unlock(&d->lock);
 }
 
+/* The whole picture goes out in one write: mpirun passes writes on one by one, and a terminal would
+ * show the moments between. */
 void fv_display_draw(FvDisplay *d) {
     if (!d->live)
         return;
-    char line[LINE];
-    size_t done = 0;
+    char line[LINE], screen[SCREEN];
+    size_t done = 0, used = 0, lines = 0;
     pthread_mutex_lock(&d->lock);
-    erase_live(d);
+    for (; d->drawn > 0 && used + 16 < sizeof screen; d->drawn--)
+        used += (size_t)snprintf(screen + used, sizeof screen - used, "\033[1A\033[2K");
     for (size_t i = 0; i < d->jobs; i++) {
         const FvProgress *p = &d->progress[i];
         done += p->state == FV_JOB_FINISHED;
-        if (p->state != FV_JOB_RUNNING)
+        if (p->state != FV_JOB_RUNNING || used + 2 * WIDE > sizeof screen)
             continue;
         format_job(d, p, true, line, sizeof line);
-        fprintf(stderr, "%.118s\n", line);
-        d->drawn++;
+        used += (size_t)snprintf(screen + used, sizeof screen - used, "%.*s\n", WIDE, line);
+        lines++;
     }
-    if (d->drawn > 0) {
-        fprintf(stderr, "%zu of %zu jobs done\n", done, d->jobs);
-        d->drawn++;
+    if (lines > 0) {
+        used += (size_t)snprintf(screen + used, sizeof screen - used, "%zu of %zu jobs done\n",
+                                 done, d->jobs);
+        d->drawn = lines + 1;
     }
+    fwrite(screen, 1, used, stderr);
     fflush(stderr);
     pthread_mutex_unlock(&d->lock);
 }
