@@ -11,7 +11,8 @@ endif
 ifeq ($(origin CC),default)
 CC := gcc
 endif
-JOBS := $(if $(findstring j,$(firstword -$(MAKEFLAGS))),,-j$(shell nproc))
+# `run` builds through a second make, on all cores unless -j was given.
+JOBS = $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(shell nproc))
 
 # Open MPI starts nothing for root unless told twice.
 ifeq ($(shell id -u),0)
@@ -24,11 +25,11 @@ export CC WERROR
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: all run test tests bench soak info help clean sanitize FORCE \
-        lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
+        format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
 # These goals need no compiler, or look for it (and install it) themselves.
-ifneq ($(filter-out run test info help clean,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out run test info help clean format lint-format lint-layers lint-readme,$(or $(MAKECMDGOALS),all)),)
 include $(B)/config.mk
 endif
 
@@ -90,7 +91,7 @@ run:
 	mpirun -np $(NP) ./fovea $(ARGS)
 
 bench: all
-	tests/bench
+	$(or $(PYTHON),python3) tests/bench
 
 soak: all
 	tests/soak
@@ -111,6 +112,9 @@ sanitize: $(SAN_TESTS)
 	@tests/run sanitize
 
 lint: lint-format lint-layers lint-tidy lint-cppcheck lint-readme
+
+format:
+	clang-format -i $(C_FILES)
 
 lint-format:
 	clang-format --dry-run -Werror $(C_FILES)
@@ -147,5 +151,6 @@ help:
 	@echo "make bench      speed: matrix products, steps per second, the whole study"
 	@echo "make soak       long runs that are killed and started again"
 	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"
+	@echo "make format     clang-format in place"
 	@echo "make sanitize   unit tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean      remove what was built"

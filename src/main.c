@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "backend/backend.h"
+#include "revision.h"
 #include "run/config.h"
 #include "run/execute.h"
 #include "run/files.h"
@@ -17,7 +18,6 @@
 #include "run/prepare.h"
 #include "run/processor.h"
 #include "run/ranking.h"
-#include "revision.h"
 
 /* The one piece of global state: set by a signal, read at step boundaries. */
 static volatile sig_atomic_t stop_asked;
@@ -86,10 +86,9 @@ static char *join(int argc, char **argv) {
     for (int i = 0; i < argc; i++)
         room += strlen(argv[i]) + 1;
     char *line = calloc(room, 1);
-    for (int i = 0; line && i < argc; i++) {
-        strcat(line, i ? " " : "");
-        strcat(line, argv[i]);
-    }
+    size_t used = 0;
+    for (int i = 0; line && i < argc; i++)
+        used += (size_t)snprintf(line + used, room - used, "%s%s", i ? " " : "", argv[i]);
     return line;
 }
 

@@ -66,10 +66,11 @@ static inline size_t fv_ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;
 }
 
-/* At most `parts` equal parts of at least `least`, each a multiple of `multiple` but the last. */
+/* At most `parts` equal parts of at least `least`, each a multiple of `multiple` but the last;
+ * none when n is 0. */
 static inline FvSplit fv_split(size_t n, size_t parts, size_t least, size_t multiple) {
     size_t fit = fv_max_size(1, fv_min(parts, n / least));
-    size_t size = fv_ceil_div(fv_ceil_div(n, fit), multiple) * multiple;
+    size_t size = fv_max_size(1, fv_ceil_div(fv_ceil_div(n, fit), multiple) * multiple);
     return (FvSplit){n, size, fv_ceil_div(n, size)};
 }
 
@@ -99,8 +100,8 @@ void fv_cpu_add_parts(FvCpu *, size_t parts, size_t n, size_t stride, const real
 
 /* C [m, n] = alpha A B + beta C, row-major with row strides */
 static inline void fv_gemm(bool trans_a, bool trans_b, size_t m, size_t n, size_t k, real alpha,
-                           const real *a, size_t lda, const real *b, size_t ldb, real beta,
-                           real *c, size_t ldc) {
+                           const real *a, size_t lda, const real *b, size_t ldb, real beta, real *c,
+                           size_t ldc) {
     FV_CBLAS(gemm)
     (CblasRowMajor, trans_a ? CblasTrans : CblasNoTrans, trans_b ? CblasTrans : CblasNoTrans,
      (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c,
@@ -135,9 +136,9 @@ void fv_cpu_linear_back(FvBackend *, size_t rows, size_t in, size_t out, const r
 /* cpu_norm.c */
 void fv_cpu_layernorm(FvBackend *, size_t rows, size_t width, double eps, const real *x,
                       const real *gamma, const real *beta, real *y, real *mean, real *rstd);
-void fv_cpu_layernorm_back(FvBackend *, size_t rows, size_t width, const real *x,
-                           const real *gamma, const real *mean, const real *rstd, const real *dy,
-                           real *dx, bool add, real *dgamma, real *dbeta);
+void fv_cpu_layernorm_back(FvBackend *, size_t rows, size_t width, const real *x, const real *gamma,
+                           const real *mean, const real *rstd, const real *dy, real *dx, bool add,
+                           real *dgamma, real *dbeta);
 void fv_cpu_rmsnorm(FvBackend *, size_t rows, size_t width, double eps, const real *x,
                     const real *gamma, real *y, real *rstd);
 void fv_cpu_rmsnorm_back(FvBackend *, size_t rows, size_t width, const real *x, const real *gamma,
@@ -148,8 +149,8 @@ void fv_cpu_rescale_back(FvBackend *, size_t rows, size_t width, double target, 
                          const real *std, const real *dy, real *dx);
 
 /* cpu_attention.c */
-void fv_cpu_attention(FvBackend *, const FvAttention *, const real *q, const real *k,
-                      const real *v, real *probs, real *out);
+void fv_cpu_attention(FvBackend *, const FvAttention *, const real *q, const real *k, const real *v,
+                      real *probs, real *out);
 void fv_cpu_attention_back(FvBackend *, const FvAttention *, const real *q, const real *k,
                            const real *v, const real *probs, const real *dout, real *dq, real *dk,
                            real *dv);

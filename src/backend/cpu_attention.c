@@ -67,8 +67,8 @@ static void forward_tile(void *arg, size_t tile, size_t thread) {
         for (size_t i = 0; i < a->rows; i++)
             softmax_row(a->keys, first, visible_end(a, i), probs + i * a->keys);
         if (keys > 0)
-            fv_gemm(false, false, a->rows, a->width, keys, 1, probs + first, a->keys,
-                    t->v + key_at, ks, 0, t->out + at, qs);
+            fv_gemm(false, false, a->rows, a->width, keys, 1, probs + first, a->keys, t->v + key_at,
+                    ks, 0, t->out + at, qs);
         else
             clear_rows(a->rows, a->width, qs, t->out + at);
     }
@@ -138,8 +138,7 @@ void fv_cpu_attention_back(FvBackend *backend, const FvAttention *a, const real 
     fv_cpu_run(t.cpu, a->batch * a->kv_heads, cost_of(a, 4), backward_tile, &t);
 }
 
-/* --- rotary embedding (Su et al. 2021, in the rotate-half layout of Hugging Face's Llama) ------
- */
+/* --- rotary embedding (Su et al. 2021), in the rotate-half layout of Hugging Face's Llama ----- */
 
 /* Row p of the table: cos, then sin, of p * theta^(-2 i / width) for i < width / 2. */
 static bool prepare_rope(FvCpu *cpu, size_t width, size_t positions, double theta) {

@@ -1,96 +1,175 @@
-/* Dense layers on BLAS. The matrix product is cut into tiles by shape alone; each tile is one BLAS
- * call of one thread. */
-#include <string.h>
-
+/* Dense layers: tiles of the output, one gemm each.
+ *
+ * Weight gradients sum over rows. Where the weight is too small to give every thread a tile, the
+ * rows are cut into parts as well: the first part adds to dw itself, the others to partial sums
+ * that are added afterwards, in order. */
 #include "backend/cpu.h"
 #include "backend/cpu_math.h"
 
-static const double flops_per_ns = 100; /* of one core, for the decision to share a tile's work */
-static const size_t tile_flops = 2000000;
+/* y [rows, columns] cut into tiles that gemm handles well (128 rows and more) and that are enough
+ * for many threads. Sizes depend on the shape alone. */
+typedef struct Grid {
+    FvSplit rows, columns;
+} Grid;
 
-/* Into as many parts as the work is worth. */
-static FvSplit split_work(size_t n, size_t flops, size_t least) {
-    return fv_split(n, 1 + flops / tile_flops, least, 16);
+enum { ENOUGH_TILES = 8 };
+
+static Grid output_grid(size_t rows, size_t columns) {
+    Grid g;
+    g.rows = fv_split(rows, fv_max_size(ENOUGH_TILES, rows / 256), 128, 16);
+    size_t parts = fv_ceil_div(ENOUGH_TILES, g.rows.count);
+    g.columns = fv_split(columns, fv_max_size(parts, columns / 512), 64, 16);
+    return g;
 }
 
+static size_t grid_tiles(const Grid *g) {
+    return g->rows.count * g->columns.count;
+}
+
+static double gemm_ns(size_t m, size_t n, size_t k) {
+    return 300 + 0.02 * (double)m * (double)n * (double)k; /* 100 GFLOP/s a core */
+}
+
+/* --- forward --------------------------------------------------------------------------------- */
+
 typedef struct Linear {
-    FvSplit rows, cols;
-    size_t in, out;
-    const real *x, *w, *bias, *dy;
-    real *y, *dx, *dw, *dbias;
-    size_t dx_tiles;
-    bool add;
+    size_t rows, in, out;
+    const real *x, *w, *bias;
+    real *y;
+    Grid grid;
 } Linear;
 
-static void forward_tile(void *arg, size_t tile, size_t thread) {
-    const Linear *l = arg;
+static void linear_tile(void *arg, size_t tile, size_t thread) {
     (void)thread;
-    size_t r = fv_split_start(&l->rows, tile / l->cols.count);
-    size_t c = fv_split_start(&l->cols, tile % l->cols.count);
-    size_t rows = fv_split_length(&l->rows, tile / l->cols.count);
-    size_t cols = fv_split_length(&l->cols, tile % l->cols.count);
-    real *y = l->y + r * l->out + c;
-    for (size_t i = 0; l->bias && i < rows; i++)
-        memcpy(y + i * l->out, l->bias + c, cols * sizeof *y);
-    fv_gemm(false, true, rows, cols, l->in, 1, l->x + r * l->in, l->in, l->w + c * l->in, l->in,
-            l->bias ? 1 : 0, y, l->out);
+    const Linear *o = arg;
+    size_t r = tile / o->grid.columns.count, c = tile % o->grid.columns.count;
+    size_t row = fv_split_start(&o->grid.rows, r), rows = fv_split_length(&o->grid.rows, r);
+    size_t col = fv_split_start(&o->grid.columns, c), cols = fv_split_length(&o->grid.columns, c);
+    real *y = o->y + row * o->out + col;
+    if (o->bias)
+        for (size_t i = 0; i < rows; i++)
+            memcpy(y + i * o->out, o->bias + col, cols * sizeof(real));
+    fv_gemm(false, true, rows, cols, o->in, 1, o->x + row * o->in, o->in, o->w + col * o->in, o->in,
+            o->bias ? 1 : 0, y, o->out);
 }
 
 void fv_cpu_linear(FvBackend *backend, size_t rows, size_t in, size_t out, const real *x,
                    const real *w, const real *bias, real *y) {
-    size_t flops = fv_mul4(2, rows, in, out);
-    bool tall = rows >= out;
-    Linear l = {.rows = tall ? split_work(rows, flops, 32) : (FvSplit){rows, rows, 1},
-                .cols = tall ? (FvSplit){out, out, 1} : split_work(out, flops, 32),
-                .in = in,
-                .out = out,
-                .x = x,
-                .w = w,
-                .bias = bias,
-                .y = y};
-    fv_cpu_run(fv_cpu(backend), l.rows.count * l.cols.count, (double)flops / flops_per_ns,
-               forward_tile, &l);
-}
-
-FV_SIMD static void column_sums(size_t rows, size_t stride, size_t cols, const real *x, real *sum) {
-    for (size_t r = 0; r < rows; r++)
-        for (size_t c = 0; c < cols; c++)
-            sum[c] += x[r * stride + c];
-}
-
-static void backward_tile(void *arg, size_t tile, size_t thread) {
-    const Linear *l = arg;
-    (void)thread;
-    if (tile < l->dx_tiles) {
-        size_t r = fv_split_start(&l->rows, tile), rows = fv_split_length(&l->rows, tile);
-        fv_gemm(false, false, rows, l->in, l->out, 1, l->dy + r * l->out, l->out, l->w, l->in,
-                l->add ? 1 : 0, l->dx + r * l->in, l->in);
+    if (rows == 0)
         return;
+    Linear o = {rows, in, out, x, w, bias, y, output_grid(rows, out)};
+    fv_cpu_run(fv_cpu(backend), grid_tiles(&o.grid), gemm_ns(rows, out, in), linear_tile, &o);
+}
+
+/* --- backward -------------------------------------------------------------------------------- */
+
+typedef struct LinearBack {
+    size_t rows, in, out;
+    const real *x, *w, *dy;
+    real *dx, *dw, *dbias;
+    bool add;
+    Grid x_grid;            /* tiles of dx [rows, in] */
+    size_t x_tiles;         /* 0 when dx is not needed */
+    Grid w_grid;            /* tiles of dw [out, in] ... */
+    FvSplit chunks;         /* ... times parts of the rows */
+    real *part, *part_bias; /* [chunks - 1][out * in], [chunks - 1][out] */
+} LinearBack;
+
+static void dx_tile(const LinearBack *o, size_t tile) {
+    size_t r = tile / o->x_grid.columns.count, c = tile % o->x_grid.columns.count;
+    size_t row = fv_split_start(&o->x_grid.rows, r), rows = fv_split_length(&o->x_grid.rows, r);
+    size_t col = fv_split_start(&o->x_grid.columns, c);
+    size_t cols = fv_split_length(&o->x_grid.columns, c);
+    fv_gemm(false, false, rows, cols, o->out, 1, o->dy + row * o->out, o->out, o->w + col, o->in,
+            o->add ? 1 : 0, o->dx + row * o->in + col, o->in);
+}
+
+/* sum[c] (+)= the column sums of a block of dy */
+FV_SIMD
+static void column_sums(size_t rows, size_t columns, size_t stride, const real *dy, bool add,
+                        real *sum) {
+    if (!add)
+        memset(sum, 0, columns * sizeof(real));
+    for (size_t r = 0; r < rows; r++, dy += stride)
+        for (size_t c = 0; c < columns; c++)
+            sum[c] += dy[c];
+}
+
+static void dw_tile(const LinearBack *o, size_t tile) {
+    size_t blocks = grid_tiles(&o->w_grid), chunk = tile / blocks, block = tile % blocks;
+    size_t b = block / o->w_grid.columns.count, c = block % o->w_grid.columns.count;
+    size_t row = fv_split_start(&o->chunks, chunk), rows = fv_split_length(&o->chunks, chunk);
+    size_t first = fv_split_start(&o->w_grid.rows, b);
+    size_t outs = fv_split_length(&o->w_grid.rows, b);
+    size_t col = fv_split_start(&o->w_grid.columns, c);
+    size_t cols = fv_split_length(&o->w_grid.columns, c);
+    const real *dy = o->dy + row * o->out + first;
+    if (o->dw) {
+        real *dw = chunk == 0 ? o->dw : o->part + (chunk - 1) * o->out * o->in;
+        fv_gemm(true, false, outs, cols, rows, 1, dy, o->out, o->x + row * o->in + col, o->in,
+                chunk == 0 ? 1 : 0, dw + first * o->in + col, o->in);
     }
-    size_t part = tile - l->dx_tiles;
-    size_t c = fv_split_start(&l->cols, part), cols = fv_split_length(&l->cols, part);
-    if (l->dw)
-        fv_gemm(true, false, cols, l->in, l->rows.n, 1, l->dy + c, l->out, l->x, l->in, 1,
-                l->dw + c * l->in, l->in);
-    if (l->dbias)
-        column_sums(l->rows.n, l->out, cols, l->dy + c, l->dbias + c);
+    if (o->dbias && c == 0) {
+        real *sum = chunk == 0 ? o->dbias : o->part_bias + (chunk - 1) * o->out;
+        column_sums(rows, outs, o->out, dy, chunk == 0, sum + first);
+    }
+}
+
+static void linear_back_tile(void *arg, size_t tile, size_t thread) {
+    (void)thread;
+    const LinearBack *o = arg;
+    if (tile < o->x_tiles)
+        dx_tile(o, tile);
+    else
+        dw_tile(o, tile - o->x_tiles);
+}
+
+/* Blocks of at most about 128 x 512 of dw, and parts of the rows while blocks are few. */
+static void split_weight(LinearBack *o) {
+    o->w_grid.rows = fv_split(o->out, fv_ceil_div(o->out, 128), 64, 16);
+    o->w_grid.columns = fv_split(o->in, fv_ceil_div(o->in, 512), 64, 16);
+    size_t parts = fv_max_size(1, ENOUGH_TILES / grid_tiles(&o->w_grid));
+    o->chunks = fv_split(o->rows, parts, 128, 16);
 }
 
 void fv_cpu_linear_back(FvBackend *backend, size_t rows, size_t in, size_t out, const real *x,
                         const real *w, const real *dy, real *dx, bool add, real *dw, real *dbias) {
-    size_t flops = fv_mul4(2, rows, in, out);
-    Linear l = {.rows = split_work(rows, flops, 32),
-                .cols = split_work(out, flops, 32),
-                .in = in,
-                .out = out,
-                .x = x,
-                .w = w,
-                .dy = dy,
-                .dx = dx,
-                .dw = dw,
-                .dbias = dbias,
-                .add = add};
-    l.dx_tiles = dx ? l.rows.count : 0;
-    size_t tiles = l.dx_tiles + (dw || dbias ? l.cols.count : 0);
-    fv_cpu_run(fv_cpu(backend), tiles, 2 * (double)flops / flops_per_ns, backward_tile, &l);
+    FvCpu *cpu = fv_cpu(backend);
+    if (rows == 0)
+        return;
+    LinearBack o = {.rows = rows,
+                    .in = in,
+                    .out = out,
+                    .x = x,
+                    .w = w,
+                    .dy = dy,
+                    .dx = dx,
+                    .add = add,
+                    .dw = dw,
+                    .dbias = dbias};
+    size_t tiles = 0;
+    double cost = 0;
+    if (dx) {
+        o.x_grid = output_grid(rows, in);
+        tiles = o.x_tiles = grid_tiles(&o.x_grid);
+        cost = gemm_ns(rows, in, out);
+    }
+    if (dw || dbias) {
+        split_weight(&o);
+        size_t parts = o.chunks.count - 1;
+        size_t weights = dw ? fv_mul3(parts, out, in) : 0;
+        if (!fv_cpu_workspace(cpu, 0, fv_mul(fv_add(weights, fv_mul(parts, out)), sizeof(real))))
+            return;
+        o.part = cpu->shared.data;
+        o.part_bias = parts ? o.part + weights : NULL;
+        tiles += o.chunks.count * grid_tiles(&o.w_grid);
+        cost += dw ? gemm_ns(out, in, rows) : 0.1 * (double)rows * (double)out;
+    }
+    fv_cpu_run(cpu, tiles, cost, linear_back_tile, &o);
+    if (dw || dbias) {
+        if (dw)
+            fv_cpu_add_parts(cpu, o.chunks.count - 1, out * in, out * in, o.part, dw);
+        if (dbias)
+            fv_cpu_add_parts(cpu, o.chunks.count - 1, out, out, o.part_bias, dbias);
+    }
 }

@@ -15,20 +15,49 @@ static double cost_of(const FvQuery *s) {
     return (double)(s->frames * s->keys * s->heads) * (2 + 0.2 * (double)s->width);
 }
 
-/* Sets all but the top_k largest scores to -inf; of equal ones the lower index stays. A NaN is
- * larger than nothing here and spoils the row in the softmax, as it should. */
-static void keep_largest(size_t keys, size_t top_k, real *scores, bool *kept) {
-    memset(kept, 0, keys * sizeof *kept);
-    for (size_t n = 0; n < top_k; n++) {
-        size_t best = keys;
-        for (size_t j = 0; j < keys; j++)
-            if (!kept[j] && (best == keys || scores[j] > scores[best]))
-                best = j;
-        kept[best] = true;
-    }
+#ifdef FV_DOUBLE
+typedef uint64_t Order;
+#else
+typedef uint32_t Order;
+#endif
+
+/* The bits of a score as an integer that grows with it; 0 and -0 are equal. */
+FV_INLINE Order order_of(real score) {
+    const Order sign = (Order)1 << (8 * sizeof(Order) - 1);
+    real positive_zero = score + 0;
+    Order bits;
+    memcpy(&bits, &positive_zero, sizeof bits);
+    return bits & sign ? ~bits : bits | sign;
+}
+
+FV_INLINE size_t count_at_least(size_t keys, const Order *order, Order least) {
+    Order count = 0;
     for (size_t j = 0; j < keys; j++)
-        if (!kept[j] && scores[j] == scores[j])
+        count += order[j] >= least;
+    return (size_t)count;
+}
+
+/* Sets all but the top_k largest scores, top_k < keys, to -inf; of equal ones the lower index
+ * stays. The top_k-th largest is found bit by bit: the same work whatever the scores. A NaN has
+ * some place in that order; wherever it is, it stays and spoils the row, as it should. */
+FV_SIMD static void keep_largest(size_t keys, size_t top_k, real *scores, Order *order) {
+    for (size_t j = 0; j < keys; j++)
+        order[j] = order_of(scores[j]);
+    Order least = 0;
+    for (Order bit = (Order)1 << (8 * sizeof(Order) - 1); bit > 0; bit >>= 1)
+        if (count_at_least(keys, order, least | bit) >= top_k)
+            least |= bit;
+    size_t larger = least == (Order)-1 ? 0 : count_at_least(keys, order, least + 1);
+    size_t equal = top_k - larger; /* to be kept of those that are the top_k-th largest */
+    for (size_t j = 0; j < keys; j++) {
+        bool keep = order[j] > least;
+        if (order[j] == least && equal > 0) {
+            keep = true;
+            equal--;
+        }
+        if (!keep && scores[j] == scores[j])
             scores[j] = (real)-INFINITY;
+    }
 }
 
 FV_SIMD static void scores_of(size_t keys, size_t width, size_t stride, real scale, const real *q,
@@ -73,7 +102,7 @@ static void forward_tile(void *arg, size_t frame, size_t thread) {
 void fv_cpu_query(FvBackend *backend, const FvQuery *s, const real *q, const real *k, const real *v,
                   real *probs, real *out) {
     Query t = {.s = s, .q = q, .k = k, .v = v, .probs = probs, .out = out, .cpu = fv_cpu(backend)};
-    if (!fv_cpu_workspace(t.cpu, fv_mul(s->keys, sizeof(bool)), 0))
+    if (!fv_cpu_workspace(t.cpu, fv_mul(s->keys, sizeof(Order)), 0))
         return;
     fv_cpu_run(t.cpu, s->frames, cost_of(s), forward_tile, &t);
 }

@@ -75,11 +75,12 @@ static bool run_one(FvPool *pool, size_t thread) {
     do {
         if ((uint32_t)ticket == 0)
             return false;
-    } while (!atomic_compare_exchange_weak_explicit(
-        &pool->ticket, &ticket, ticket - 1, memory_order_acq_rel, memory_order_acquire));
+    } while (!atomic_compare_exchange_weak_explicit(&pool->ticket, &ticket, ticket - 1,
+                                                    memory_order_acq_rel, memory_order_acquire));
     uint32_t tiles = pool->tiles;
     pool->run(pool->arg, tiles - (uint32_t)ticket, thread);
-    /* seq_cst against caller_sleeps: either the caller sees the last tile done or we see it asleep */
+    /* seq_cst against caller_sleeps: either the caller sees the last tile done or we see it asleep
+     */
     if (atomic_fetch_add(&pool->done, 1) + 1 == tiles && atomic_load(&pool->caller_sleeps))
         futex_wake_all(&pool->done);
     return true;
@@ -134,7 +135,8 @@ static FvStatus start_workers(FvPool *pool, FvError *err) {
     }
     int restored = pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (failed || restored)
-        return FV_FAIL(err, FV_DEVICE, "cannot start compute thread %zu of %zu: %s; use fewer threads",
+        return FV_FAIL(err, FV_DEVICE,
+                       "cannot start compute thread %zu of %zu: %s; use fewer threads",
                        pool->started + 2, pool->threads, strerror(failed ? failed : restored));
     return FV_OK;
 }

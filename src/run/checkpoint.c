@@ -28,8 +28,8 @@ size_t fv_checkpointer_bytes(size_t parameters, size_t trained) {
     return fv_mul(fv_add(parameters, fv_mul(2, trained)), sizeof(real));
 }
 
-static const char *const prefix[] = {[FV_BLOCK_W] = "", [FV_BLOCK_M] = "adam.m.",
-                                     [FV_BLOCK_V] = "adam.v."};
+static const char *const prefix[] = {
+    [FV_BLOCK_W] = "", [FV_BLOCK_M] = "adam.m.", [FV_BLOCK_V] = "adam.v."};
 
 static void list_tensors(FvCheckpointer *c, FvBlock block, real **next) {
     for (size_t i = 0; i < c->params->count; i++) {

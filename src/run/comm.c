@@ -164,9 +164,9 @@ FvStatus fv_group_average(const FvGroup *group, size_t slot, real *x, size_t cou
 FvStatus fv_group_sum(const FvGroup *group, size_t slot, double *x, size_t count, FvError *err) {
     if (group->size == 1)
         return FV_OK;
-    return check(MPI_Allreduce(MPI_IN_PLACE, x, (int)count, MPI_DOUBLE, MPI_SUM,
-                               comm_of(group, slot)),
-                 "adding measures", err);
+    return check(
+        MPI_Allreduce(MPI_IN_PLACE, x, (int)count, MPI_DOUBLE, MPI_SUM, comm_of(group, slot)),
+        "adding measures", err);
 }
 
 FvStatus fv_group_broadcast(const FvGroup *group, size_t slot, void *data, size_t bytes,
@@ -187,9 +187,9 @@ FvStatus fv_group_gather(const FvGroup *group, size_t slot, const void *mine, si
         memmove(all, mine, bytes);
         return FV_OK;
     }
-    return check(MPI_Gather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, 0,
-                            comm_of(group, slot)),
-                 "gathering measures", err);
+    return check(
+        MPI_Gather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, 0, comm_of(group, slot)),
+        "gathering measures", err);
 }
 
 /* --- messages ------------------------------------------------------------------------------- */

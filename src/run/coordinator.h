@@ -18,11 +18,11 @@ typedef struct FvCoordinatorConfig {
     const char *out;
     const volatile sig_atomic_t *stop; /* set: no job is handed out any more */
     /* rank 0 only: */
-    const bool *wanted;             /* [jobs] by --only; NULL: all */
+    const bool *wanted; /* [jobs] by --only; NULL: all */
     FvDisplay *display;
     FvProvenance provenance;
-    const FvDataInfo *const *data;            /* [experiments] */
-    const uint8_t *const *map_pixels;         /* [experiments] */
+    const FvDataInfo *const *data;    /* [experiments] */
+    const uint8_t *const *map_pixels; /* [experiments] */
 } FvCoordinatorConfig;
 
 #define FV_NO_JOB ((size_t)-1)

@@ -17,8 +17,8 @@ struct FvEvaluator {
 };
 
 FvStatus fv_evaluator_create(FvModel *model, FvData *data, const FvModelConfig *config,
-                             const FvGroup *group, size_t slot, size_t map_clips,
-                             FvEvaluator **out, FvError *err) {
+                             const FvGroup *group, size_t slot, size_t map_clips, FvEvaluator **out,
+                             FvError *err) {
     FvEvaluator *e = calloc(1, sizeof *e);
     if (!e)
         return FV_FAIL(err, FV_DEVICE, "out of memory for evaluations");
@@ -34,8 +34,8 @@ FvStatus fv_evaluator_create(FvModel *model, FvData *data, const FvModelConfig *
     size_t values = fv_mul3(e->share, FV_EVAL_COUNT, config->frames);
     e->mine = calloc(values, sizeof(double));
     e->all = calloc(fv_mul(values, group->size), sizeof(double));
-    e->attention = calloc(fv_mul3(config->clips, config->frames, fv_patches(config) + 1),
-                          sizeof(double));
+    e->attention =
+        calloc(fv_mul3(config->clips, config->frames, fv_patches(config) + 1), sizeof(double));
     FvStatus status = fv_batch_create(config->clips, info, config->max_text, &e->batch, err);
     if (status == FV_OK && (!e->mine || !e->all || !e->attention))
         status = FV_FAIL(err, FV_DEVICE, "out of memory for evaluations");

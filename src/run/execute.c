@@ -62,7 +62,7 @@ static FvStatus check_ranks(const Session *s, FvError *err) {
 
 static FvStatus choose_jobs(Session *s, FvError *err) {
     const char *only = s->in->options.only;
-    s->wanted = calloc(job_count(s), sizeof *s->wanted);
+    s->wanted = calloc(job_count(s) + 1, sizeof *s->wanted);
     if (!s->wanted)
         return FV_FAIL(err, FV_DEVICE, "out of memory for %zu jobs", job_count(s));
     for (size_t j = 0; !only && j < job_count(s); j++)
@@ -85,8 +85,8 @@ static FvStatus choose_jobs(Session *s, FvError *err) {
 }
 
 static FvStatus name_jobs(Session *s, FvError *err) {
-    s->names = calloc(job_count(s), sizeof *s->names);
-    s->name_list = calloc(job_count(s), sizeof *s->name_list);
+    s->names = calloc(job_count(s) + 1, sizeof *s->names);
+    s->name_list = calloc(job_count(s) + 1, sizeof *s->name_list);
     if (!s->names || !s->name_list)
         return FV_FAIL(err, FV_DEVICE, "out of memory for %zu jobs", job_count(s));
     for (size_t j = 0; j < job_count(s); j++) {
@@ -140,6 +140,16 @@ static FvStatus read_map_pixels(FvData *data, size_t clips, uint8_t **out, FvErr
     return status;
 }
 
+/* An experiment's configuration against its data, before anything is allocated for it. */
+static FvStatus check_experiment(const Session *s, size_t e, const FvDataInfo *data, FvError *err) {
+    const FvConfig *c = &s->study.experiments[e].config;
+    FvJobPlan plan;
+    if (strcmp(c->text, "captions") == 0 && data->max_tokens == 0)
+        return FV_FAIL(err, FV_DATA, "%s: has no /tokens, and %s has text: captions; use text=none",
+                       c->data, s->study.experiments[e].name);
+    return fv_plan_job(c, s->in->options.ranks_per_experiment, data, &plan, err);
+}
+
 static FvStatus open_data(Session *s, FvError *err) {
     size_t n = s->study.experiment_count;
     s->data = calloc(n, sizeof *s->data);
@@ -160,6 +170,7 @@ static FvStatus open_data(Session *s, FvError *err) {
                 FV_TRY(read_map_pixels(s->data[e], c->map_clips, &s->map_pixels[e], err));
         }
         s->info[e] = fv_data_info(s->data[e]);
+        FV_TRY(check_experiment(s, e, s->info[e], err));
     }
     return FV_OK;
 }
@@ -179,20 +190,6 @@ static void close_data(Session *s) {
     free(s->map_pixels);
 }
 
-/* Every job's configuration against its data, before anything is allocated for it. */
-static FvStatus check_jobs(const Session *s, FvError *err) {
-    for (size_t e = 0; e < s->study.experiment_count; e++) {
-        const FvConfig *c = &s->study.experiments[e].config;
-        FvJobPlan plan;
-        if (strcmp(c->text, "captions") == 0 && s->info[e]->max_tokens == 0)
-            return FV_FAIL(err, FV_DATA,
-                           "%s: text is captions, but %s has no /tokens; use text=none", c->data,
-                           s->study.experiments[e].name);
-        FV_TRY(fv_plan_job(c, s->in->options.ranks_per_experiment, s->info[e], &plan, err));
-    }
-    return FV_OK;
-}
-
 /* --- the first lines ------------------------------------------------------------------------ */
 
 typedef struct RankLine {
@@ -203,7 +200,7 @@ typedef struct RankLine {
 static FvStatus tell_ranks(Session *s, FvError *err) {
     const FvWorld *w = &s->in->world;
     RankLine mine = {.local_rank = w->local_rank, .threads = s->threads, .group = s->group.index};
-    RankLine *all = w->rank == 0 ? calloc(w->size, sizeof *all) : NULL;
+    RankLine *all = w->rank == 0 ? calloc(w->size + 1, sizeof *all) : NULL;
     snprintf(mine.host, sizeof mine.host, "%s", w->host);
     fv_world_gather(&mine, sizeof mine, all);
     if (w->rank != 0)
@@ -346,8 +343,10 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
 /* The files that experiments start from, each named once. */
 static FvStatus note_weights(Session *s, FvError *err) {
     size_t n = s->study.experiment_count;
-    s->weights = calloc(n + 1, FV_TEXT);
-    s->weights_sha256 = calloc(n + 1, FV_SHA256_TEXT);
+    const size_t room[2] = {fv_mul(n + 1, FV_TEXT), fv_mul(n + 1, FV_SHA256_TEXT)};
+    size_t used[2] = {0, 0};
+    s->weights = calloc(room[0], 1);
+    s->weights_sha256 = calloc(room[1], 1);
     if (!s->weights || !s->weights_sha256)
         return FV_FAIL(err, FV_DEVICE, "out of memory for %zu weights files", n);
     for (size_t e = 0; e < n; e++) {
@@ -359,9 +358,11 @@ static FvStatus note_weights(Session *s, FvError *err) {
         if (known)
             continue;
         FV_TRY(fv_sha256_file(path, sum, err));
-        const char *separator = s->weights[0] ? "\n" : "";
-        strcat(strcat(s->weights, separator), path);
-        strcat(strcat(s->weights_sha256, separator), sum);
+        const char *separator = used[0] ? "\n" : "";
+        used[0] +=
+            (size_t)snprintf(s->weights + used[0], room[0] - used[0], "%s%s", separator, path);
+        used[1] += (size_t)snprintf(s->weights_sha256 + used[1], room[1] - used[1], "%s%s",
+                                    separator, sum);
     }
     return FV_OK;
 }
@@ -443,7 +444,6 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
                             : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
     TOGETHER(open_out(s, err));
     TOGETHER(open_data(s, err));
-    TOGETHER(check_jobs(s, err));
     TOGETHER(note_weights(s, err));
     TOGETHER(keep_out(s, err));
     note_versions(s);

@@ -11,9 +11,9 @@
 typedef struct FvInvocation {
     FvOptions options;
     FvWorld world;
-    const char *study_path;             /* options.study or the default */
+    const char *study_path;              /* options.study or the default */
     const char *command_line, *revision; /* as recorded in results.h5 */
-    const volatile sig_atomic_t *stop;  /* set by the signal handler */
+    const volatile sig_atomic_t *stop;   /* set by the signal handler */
 } FvInvocation;
 
 /* Collective over the world; every rank returns the same status. *speaker: this rank's err is the

@@ -14,8 +14,7 @@ static void print_shape(size_t rank, const size_t *shape) {
     char text[96] = "[";
     size_t used = 1;
     for (size_t i = 0; i < rank && used < sizeof text; i++)
-        used += (size_t)snprintf(text + used, sizeof text - used, "%s%zu", i ? ", " : "",
-                                 shape[i]);
+        used += (size_t)snprintf(text + used, sizeof text - used, "%s%zu", i ? ", " : "", shape[i]);
     printf("%s]", text);
 }
 

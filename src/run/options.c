@@ -13,10 +13,11 @@
     X(device, "device", "auto|cuda|cpu", text, "where to compute; default auto")                   \
     X(ranks_per_experiment, "ranks-per-experiment", "R", count,                                    \
       "ranks that share one experiment's batch; default 1")                                        \
-    X(jobs_per_rank, "jobs-per-rank", "J", count, "jobs that a rank group runs at once; default 1") \
+    X(jobs_per_rank, "jobs-per-rank", "J", count,                                                  \
+      "jobs that a rank group runs at once; default 1")                                            \
     X(threads, "threads", "N", count, "threads per rank; default its share of the cores")          \
     X(fresh, "fresh", NULL, flag, "start over: remove what an earlier run left in DIR")            \
-    X(list, "list", NULL, flag, "list the study's jobs, and stop")                 \
+    X(list, "list", NULL, flag, "list the study's jobs, and stop")                                 \
     X(dry_run, "dry-run", NULL, flag,                                                              \
       "print jobs, groups, parameters, memory, disk and time, and stop")                           \
     X(help, "help", NULL, flag, "this text, with every configuration key")                         \
@@ -29,7 +30,8 @@ static const struct {
     Kind kind;
     size_t offset;
 } table[] = {
-#define X(field, name, argument, kind, help) {name, argument, help, kind, offsetof(FvOptions, field)},
+#define X(field, name, argument, kind, help)                                                       \
+    {name, argument, help, kind, offsetof(FvOptions, field)},
     OPTIONS(X)
 #undef X
 };
@@ -88,8 +90,8 @@ FvStatus fv_options_parse(int argc, char **argv, FvOptions *o, FvError *err) {
     struct option longs[OPTION_COUNT + 1];
     memset(longs, 0, sizeof longs);
     for (size_t i = 0; i < OPTION_COUNT; i++)
-        longs[i] = (struct option){table[i].name, table[i].argument ? required_argument : no_argument,
-                                   NULL, 0};
+        longs[i] = (struct option){table[i].name,
+                                   table[i].argument ? required_argument : no_argument, NULL, 0};
     *o = (FvOptions){.device = "auto", .ranks_per_experiment = 1, .jobs_per_rank = 1};
     o->overrides = calloc((size_t)argc + 1, sizeof *o->overrides);
     if (!o->overrides)

@@ -24,8 +24,9 @@ static FvStatus take_lock(const char *out, int *lock, FvError *err) {
         return FV_OK;
     }
     close(fd);
-    return FV_FAIL(err, FV_IO, "%s: another fovea is writing there; wait for it or choose another "
-                               "--out",
+    return FV_FAIL(err, FV_IO,
+                   "%s: another fovea is writing there; wait for it or choose another "
+                   "--out",
                    out);
 }
 
@@ -40,9 +41,9 @@ static FvStatus remove_ours(const char *folder, FvError *err) {
     DIR *dir = opendir(folder);
     FvStatus status = FV_OK;
     if (!dir)
-        return errno == ENOENT ? FV_OK
-                               : FV_FAIL(err, FV_IO, "%s: cannot be listed: %s", folder,
-                                         strerror(errno));
+        return errno == ENOENT
+                   ? FV_OK
+                   : FV_FAIL(err, FV_IO, "%s: cannot be listed: %s", folder, strerror(errno));
     for (struct dirent *entry; status == FV_OK && (entry = readdir(dir)) != NULL;) {
         char path[FV_PATH];
         if (!ours(entry->d_name))

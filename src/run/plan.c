@@ -14,7 +14,7 @@
 FvStatus fv_plan_job(const FvConfig *config, size_t ranks, const FvDataInfo *data, FvJobPlan *p,
                      FvError *err) {
     bool captions = strcmp(config->text, "captions") == 0;
-    size_t max_text = captions && data ? data->max_tokens : 1;
+    size_t max_text = !captions ? 1 : data ? data->max_tokens : FV_CAPTION_TOKENS;
     size_t held_out = data ? data->count[FV_HELD_OUT] : config->clips_held_out;
     size_t evals = fv_eval_count(config), maps = fv_map_count(config);
     *p = (FvJobPlan){0};
@@ -23,11 +23,11 @@ FvStatus fv_plan_job(const FvConfig *config, size_t ranks, const FvDataInfo *dat
     p->history = fv_history_bytes(config->steps, evals, maps, held_out, config->frames,
                                   config->map_clips, fv_grid(&p->model));
     size_t share = (held_out + ranks - 1) / ranks;
-    size_t pixels = fv_mul4(p->model.clips * config->frames, config->image_size,
-                            config->image_size, 3);
-    p->evaluation = fv_add(fv_mul4(share, FV_EVAL_COUNT * config->frames, 1 + ranks,
-                                   sizeof(double)),
-                           fv_mul(6, pixels)); /* evaluation's batch, and those read ahead */
+    size_t pixels =
+        fv_mul4(p->model.clips * config->frames, config->image_size, config->image_size, 3);
+    p->evaluation =
+        fv_add(fv_mul4(share, FV_EVAL_COUNT * config->frames, 1 + ranks, sizeof(double)),
+               fv_mul(6, pixels)); /* evaluation's batch, and those read ahead */
     p->staging = fv_checkpointer_bytes(p->parameters, p->trained);
     p->checkpoint = fv_add(p->staging, p->history);
     return FV_OK;
@@ -116,9 +116,9 @@ static FvStatus estimate_seconds(const FvConfig *config, const FvJobPlan *p, siz
                                  double *seconds, FvError *err) {
     double step = 0, evaluation = 0;
     FV_TRY(trial(&p->model, threads, &step, &evaluation, err));
-    double batches = (double)((config->clips_held_out + p->model.clips - 1) / p->model.clips);
-    *seconds = step * (double)config->steps +
-               evaluation * batches * (double)fv_eval_count(config);
+    size_t batches = (config->clips_held_out + p->model.clips - 1) / p->model.clips;
+    *seconds =
+        step * (double)config->steps + evaluation * (double)(batches * fv_eval_count(config));
     return FV_OK;
 }
 

@@ -107,8 +107,8 @@ static FvStatus save_checkpoint(FvTrainer *t, FvError *err) {
     t->checkpoint_step = t->step;
     if (!is_root(t))
         return FV_OK;
-    FV_TRY(fv_checkpoint_save(t->checkpointer, &t->history, t->step, &t->info.checkpoint_bytes,
-                              err));
+    FV_TRY(
+        fv_checkpoint_save(t->checkpointer, &t->history, t->step, &t->info.checkpoint_bytes, err));
     t->info.checkpoint_seconds_last = now() - start;
     return FV_OK;
 }
@@ -198,9 +198,12 @@ static double mean(const double *x, size_t n) {
 
 static FvStatus average(FvTrainer *t, const FvMeasures *m, FvStepMeans *out, FvError *err) {
     size_t frames = t->c.clips * t->c.frames;
-    double means[] = {mean(m->loss[FV_FINE], frames),    mean(m->loss[FV_COARSE], frames),
-                      mean(m->cosine, frames),           mean(m->entropy[FV_FINE], frames),
-                      mean(m->entropy[FV_COARSE], frames), mean(m->hinge, t->c.clips),
+    double means[] = {mean(m->loss[FV_FINE], frames),
+                      mean(m->loss[FV_COARSE], frames),
+                      mean(m->cosine, frames),
+                      mean(m->entropy[FV_FINE], frames),
+                      mean(m->entropy[FV_COARSE], frames),
+                      mean(m->hinge, t->c.clips),
                       *t->run->stop ? 1.0 : 0.0};
     size_t n = sizeof means / sizeof *means;
     FV_TRY(fv_group_sum(t->run->group, t->slot, means, n, err));
@@ -340,8 +343,8 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),
                              data->count[FV_HELD_OUT], t->c.frames, t->config->map_clips,
                              fv_grid(&t->c), &t->history, err));
-    FV_TRY(fv_evaluator_create(t->model, t->data, &t->c, run->group, t->slot,
-                               t->config->map_clips, &t->evaluator, err));
+    FV_TRY(fv_evaluator_create(t->model, t->data, &t->c, run->group, t->slot, t->config->map_clips,
+                               &t->evaluator, err));
     char study[8192];
     describe(t, study, sizeof study);
     FV_TRY(fv_checkpointer_create(t->folder, study, t->model, t->be, &t->checkpointer, err));

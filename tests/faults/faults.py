@@ -201,8 +201,8 @@ FAULTS = [
     one(
         "query heads read another group's keys",
         "src/backend/cpu_attention.c",
-        "const real *k = t->k + b * a->keys * ks + g * a->width;",
-        "const real *k = t->k + b * a->keys * ks + (a->kv_heads - 1 - g) * a->width;",
+        "size_t key_at = (b * a->keys + first) * ks + g * a->width;",
+        "size_t key_at = (b * a->keys + first) * ks + (a->kv_heads - 1 - g) * a->width;",
     ),
     # --- prediction head ---
     one(

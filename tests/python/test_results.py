@@ -23,7 +23,7 @@ CONFIG = os.path.join(ROOT, "src", "run", "config.h")
 ENGINES = ("h5netcdf", "netcdf4")
 RUNS = ["runs/%s/seed_%d" % (e, s) for e in ("A_baseline", "B_temp_0.1") for s in (0, 10)]
 SERIES = "loss_fine loss_coarse loss_total ratio feature_sim entropy_fine entropy_coarse".split()
-program = None
+program = os.path.join(ROOT, os.environ.get("B", "build"), "f32/test_results")
 
 
 def config_keys():

@@ -91,9 +91,8 @@ static void check_attention_gradients(Call *c) {
     real *dq = testing_tensor(t, c->nq), *dk = testing_filled(t, c->nk, 0.5);
     real *dv = testing_filled(t, c->nk, -0.5);
     t->ops->attention_back(t->be, &c->a, c->q, c->k, c->v, c->probs, c->weight, dq, dk, dv);
-    Gradient gradients[] = {{"dq", c->nq, c->q, dq, 0},
-                            {"dk", c->nk, c->k, dk, 0.5},
-                            {"dv", c->nk, c->v, dv, -0.5}};
+    Gradient gradients[] = {
+        {"dq", c->nq, c->q, dq, 0}, {"dk", c->nk, c->k, dk, 0.5}, {"dv", c->nk, c->v, dv, -0.5}};
     testing_gradients(attention_loss, c, 3, gradients);
 }
 
@@ -165,13 +164,10 @@ static void attention_never_reads_padding(void **state) {
 
 static void attention_passes_nan_on(void **state) {
     Testing *t = *state;
-    Call c = attention_call(t, (FvAttention){.batch = 1,
-                                             .rows = 3,
-                                             .keys = 20,
-                                             .heads = 1,
-                                             .kv_heads = 1,
-                                             .width = 4,
-                                             .scale = 1});
+    Call c = attention_call(
+        t,
+        (FvAttention){
+            .batch = 1, .rows = 3, .keys = 20, .heads = 1, .kv_heads = 1, .width = 4, .scale = 1});
     c.q[4] = (real)NAN; /* row 1 */
     attention_forward(&c);
     for (size_t i = 0; i < 12; i++)
@@ -272,9 +268,8 @@ static void query_and_its_gradients(void **state) {
         real *dv = testing_filled(t, c.nk, -0.5);
         t->ops->query_back(t->be, &c.s, c.q, c.k, c.v, c.probs, c.weight, c.weight_probs, dq, dk,
                            dv);
-        Gradient gradients[] = {{"dq", c.nq, c.q, dq, 0},
-                                {"dk", c.nk, c.k, dk, 0.5},
-                                {"dv", c.nk, c.v, dv, -0.5}};
+        Gradient gradients[] = {
+            {"dq", c.nq, c.q, dq, 0}, {"dk", c.nk, c.k, dk, 0.5}, {"dv", c.nk, c.v, dv, -0.5}};
         testing_gradients(query_loss, &c, 3, gradients);
         c.weight_probs = NULL; /* and without the entropy's gradient, keys frozen */
         t->ops->query_back(t->be, &c.s, c.q, c.k, c.v, c.probs, c.weight, NULL, dq, NULL, NULL);
@@ -356,7 +351,8 @@ static void rope_inverse_is_its_transpose(void **state) {
         t->ops->rope(t->be, 1, rows[k], 1, widths[k], 0, NULL, theta[k], true, back);
         double size, forward = testing_weighted(n, w, y, &size);
         double ignored, backward = testing_weighted(n, back, x, &ignored);
-        testing_close("w . R x - R' w . x", 0, backward, forward, 8 * FV_EPSILON * (size + ignored));
+        testing_close("w . R x - R' w . x", 0, backward, forward,
+                      8 * FV_EPSILON * (size + ignored));
         t->ops->rope(t->be, 1, rows[k], 1, widths[k], 0, NULL, theta[k], true, y);
         for (size_t i = 0; i < n; i++)
             testing_close("R' R x", i, (double)y[i], (double)x[i], 32 * FV_EPSILON);

@@ -174,7 +174,8 @@ static void linear_gradients_of_many_rows(void **state) {
             size_t o = i / (in + 1), j = i % (in + 1); /* j = in: the bias */
             double want = 1, size = 1;
             for (size_t r = 0; r < rows; r++) {
-                double term = (double)c.weight[r * out + o] * (j < in ? (double)c.x[r * in + j] : 1);
+                double term =
+                    (double)c.weight[r * out + o] * (j < in ? (double)c.x[r * in + j] : 1);
                 want += term;
                 size += fabs(term);
             }
@@ -204,6 +205,24 @@ static void frozen_parameters_get_no_gradient(void **state) {
                             one[2]);
         testing_same("gradient alone", n, one[only], all[only]);
     }
+}
+
+/* Nothing is written: the tensors have no elements, the gradients gain nothing. */
+static void no_rows_are_no_work(void **state) {
+    Testing *t = *state;
+    enum { WIDTH = 5 };
+    real *none = testing_tensor(t, 0), *w = testing_random(t, WIDTH * WIDTH, 1);
+    real *dw = testing_filled(t, WIDTH * WIDTH, 0.5), *kept = testing_copy(t, WIDTH * WIDTH, dw);
+    t->ops->copy_rows(t->be, 0, WIDTH, none, NULL, none, NULL, false);
+    t->ops->residual(t->be, 0, WIDTH, none, w, none, none);
+    t->ops->residual_back(t->be, 0, WIDTH, w, none, none, none, dw);
+    t->ops->linear(t->be, 0, WIDTH, WIDTH, none, w, w, none);
+    t->ops->linear_back(t->be, 0, WIDTH, WIDTH, none, w, none, none, false, dw, dw);
+    t->ops->gelu(t->be, 0, none, none);
+    t->ops->layernorm(t->be, 0, WIDTH, 1e-6, none, w, w, none, none, none);
+    t->ops->layernorm_back(t->be, 0, WIDTH, none, w, none, none, none, none, false, dw, dw);
+    t->ops->rmsnorm_back(t->be, 0, WIDTH, none, w, none, none, none, false, dw);
+    testing_same("gradient", WIDTH * WIDTH, dw, kept);
 }
 
 /* --- activations ------------------------------------------------------------------------------ */
@@ -349,8 +368,8 @@ static void check_norm(const Call *c, bool centred) {
             square += ((double)x[i] - mean) * ((double)x[i] - mean) / (double)n;
         double rstd = 1 / sqrt(square + c->eps);
         for (size_t i = 0; i < n; i++) {
-            double want = ((double)x[i] - mean) * rstd * (double)c->w[i] +
-                          (centred ? (double)c->b[i] : 0);
+            double want =
+                ((double)x[i] - mean) * rstd * (double)c->w[i] + (centred ? (double)c->b[i] : 0);
             testing_close("norm", r * n + i, (double)c->y[r * n + i], want,
                           2 * FV_EPSILON * (double)(n + 8) * (4 * fabs((double)c->w[i]) + 4));
         }
@@ -459,6 +478,7 @@ int main(void) {
         TESTING_TEST(linear_gradients),
         TESTING_TEST(linear_gradients_of_many_rows),
         TESTING_TEST(frozen_parameters_get_no_gradient),
+        TESTING_TEST(no_rows_are_no_work),
         TESTING_TEST(gelu_gradient_also_in_place),
         TESTING_TEST(swiglu_gradients_also_in_place),
         TESTING_TEST(exp_and_gelu_are_accurate_everywhere),

@@ -98,8 +98,8 @@ static void check_conv(const Call *c) {
         double want = (double)c->b[o], size = fabs(want);
         for (size_t k = 0; k < 9 * s->in; k++) {
             ptrdiff_t ky = (ptrdiff_t)(k / s->in / 3) - 1, kx = (ptrdiff_t)(k / s->in % 3) - 1;
-            double term = (double)c->w[o * 9 * s->in + k] *
-                          pixel(s, c->x, f, y + ky, x + kx, k % s->in);
+            double term =
+                (double)c->w[o * 9 * s->in + k] * pixel(s, c->x, f, y + ky, x + kx, k % s->in);
             want += term;
             size += fabs(term);
         }
@@ -111,7 +111,7 @@ static void check_conv(const Call *c) {
 /* The last is cut into several blocks of image rows. */
 static void conv_is_the_sum_over_neighbours(void **state) {
     Testing *t = *state;
-    const FvConv shapes[] = {{1, 1, 1, 1, 1}, {2, 3, 5, 3, 7}, {3, 1, 4, 5, 2},
+    const FvConv shapes[] = {{1, 1, 1, 1, 1}, {2, 3, 5, 3, 7},  {3, 1, 4, 5, 2},
                              {1, 6, 1, 2, 3}, {3, 7, 6, 17, 9}, {2, 33, 30, 32, 5}};
     for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
         Call c = conv_call(t, shapes[k]);
@@ -159,9 +159,8 @@ static void conv_gradients_of_large_images(void **state) {
         double want = 1, size = 1;
         for (size_t p = 0; p < positions; p++) {
             ptrdiff_t y = (ptrdiff_t)(p / s->width % s->height), x = (ptrdiff_t)(p % s->width);
-            double from = k == n ? 1
-                                 : pixel(s, c.x, p / (s->height * s->width), y + ky, x + kx,
-                                         k % s->in);
+            double from =
+                k == n ? 1 : pixel(s, c.x, p / (s->height * s->width), y + ky, x + kx, k % s->in);
             want += (double)c.weight[p * s->out + o] * from;
             size += fabs((double)c.weight[p * s->out + o] * from);
         }
@@ -207,8 +206,7 @@ static void film_and_its_gradients(void **state) {
         }
         real *dx = testing_filled(t, c.nx, add ? 0.25 : NAN), *dgb = testing_tensor(t, c.nw);
         t->ops->film_back(t->be, c.frames, c.positions, c.width, c.x, c.w, c.weight, dx, add, dgb);
-        Gradient gradients[] = {{"dx", c.nx, c.x, dx, add ? 0.25 : 0},
-                                {"dgb", c.nw, c.w, dgb, 0}};
+        Gradient gradients[] = {{"dx", c.nx, c.x, dx, add ? 0.25 : 0}, {"dgb", c.nw, c.w, dgb, 0}};
         testing_gradients(film_loss, &c, 2, gradients);
     }
 }
