@@ -103,7 +103,6 @@ static FvStatus run_study(int argc, char **argv, const FvOptions *options, FvErr
     char *line = join(argc, argv);
     in.command_line = line ? line : argv[0];
     in.study_path = options->study ? options->study : default_study(path, sizeof path);
-    catch_signals();
     bool speaker = false, abort = false;
     status = fv_execute(&in, &speaker, &abort, err);
     if (status != FV_OK && speaker)
@@ -130,6 +129,7 @@ int main(int argc, char **argv) {
     static const char *const commands[] = {"prepare", "info", "status"};
     FvError err = {0};
     FvStatus status;
+    catch_signals(); /* before MPI starts: a batch system may signal at any moment */
     fv_settle_blas(argv);
     for (size_t i = 0; argc > 1 && i < sizeof commands / sizeof *commands; i++) {
         if (strcmp(argv[1], commands[i]) != 0)

@@ -205,8 +205,8 @@ static FvStatus tell_ranks(Session *s, FvError *err) {
     fv_world_gather(&mine, sizeof mine, all);
     if (w->rank != 0)
         return FV_OK;
-    size_t room = fv_mul(w->size, 160), used = 0, jobs = 0;
-    s->hosts = calloc(room + 1, 1);
+    size_t room = fv_add(fv_mul(w->size, 160), 1), used = 0, jobs = 0;
+    s->hosts = calloc(room, 1);
     if (!all || !s->hosts) {
         free(all);
         return FV_FAIL(err, FV_DEVICE, "out of memory for the table of ranks");

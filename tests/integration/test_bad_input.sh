@@ -54,16 +54,8 @@ for name, run in runs.items():
     assert np.isfinite(run["loss_fine"][()]).all()
 P
 
-# a full disk: OUT is a file system of 600 kB; results.h5 stays whole
-mkdir "$TMPDIR/full"
-own=$([ "$(id -u)" = 0 ] || echo --map-root-user --user)
-# shellcheck disable=SC2016,SC2086
-expect 0 'still whole' unshare $own --mount bash -c '
-    mount -t tmpfs -o size=600k none "$3/full" || exit 9
-    status=0
-    "$1" "$2" steps=3000 --out "$3/full" >"$3/full.log" 2>&1 || status=$?
-    cat "$3/full.log"
-    grep -Eq "No space left" "$3/full.log" || exit 8
-    [ $status = 6 ] || exit $status
-    "$4" -c "import sys, h5py; print(len(h5py.File(sys.argv[1])), \"still whole\")" \
-        "$3/full/results.h5"' - "$f" "$tiny" "$TMPDIR" "$PYTHON"
+# a full disk, as a limit on the size of files: results.h5 stays whole. Open MPI is kept from making
+# large files of its own.
+expect 6 'File too large' env PMIX_MCA_gds=hash OMPI_MCA_btl=self OMPI_MCA_pml=ob1 \
+    bash -c 'ulimit -f 600; exec "$@"' - "$f" "$tiny" steps=3000 --out "$TMPDIR/full"
+"$PYTHON" -c 'import sys, h5py; print(len(h5py.File(sys.argv[1])))' "$TMPDIR/full/results.h5"

@@ -7,7 +7,7 @@ run=$!
 import os, sys, time, h5py
 path, pid = sys.argv[1], int(sys.argv[2])
 start, reads, last, seen = time.time(), 0, {}, set()
-while time.time() - start < 13:
+while time.time() - start < 40 and (len(seen) < 3 or reads < 50):
     if not os.path.exists(path):
         time.sleep(0.02)
         continue
