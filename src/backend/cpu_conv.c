@@ -1,18 +1,19 @@
 /* 3 x 3 convolutions, channels last: a block of image rows is unfolded into [positions, 9 * in],
- * small enough for the cache, and multiplied. */
+ * small enough for the cache, and multiplied. Rows are counted through all frames. */
 #include <string.h>
 
 #include "backend/cpu.h"
 #include "backend/cpu_math.h"
 
-enum { BLOCK_BYTES = 512 * 1024 };
+enum { BLOCK_BYTES = 600 * 1024, PARTS = 8 };
 static const double flops_per_ns = 80;
 
 typedef struct Conv {
     const FvConv *s;
     FvCpu *cpu;
-    FvSplit blocks; /* image rows of one frame */
-    FvSplit chunks; /* frames, backward */
+    size_t block;   /* rows unfolded at once, at most */
+    FvSplit rows;   /* forward: of all frames; a tile each */
+    FvSplit chunks; /* backward: frames */
     const real *x, *w, *bias, *dy;
     real *y, *dx, *part;
     size_t part_size;
@@ -23,20 +24,22 @@ static size_t unfolded(const FvConv *s) {
     return fv_mul(9, s->in);
 }
 
-static FvSplit split_frame(const FvConv *s) {
+static size_t block_rows(const FvConv *s) {
     size_t row = fv_mul3(s->width, unfolded(s), sizeof(real));
-    size_t rows = fv_max_size(1, BLOCK_BYTES / fv_max_size(1, row));
-    return (FvSplit){s->height, rows, fv_ceil_div(s->height, rows)};
+    size_t fit = fv_max_size(1, BLOCK_BYTES / fv_max_size(1, row));
+    return fv_min(fit, fv_max_size(1, fv_ceil_div(s->frames * s->height, PARTS)));
 }
 
 static double flops_of(const FvConv *s) {
     return 2.0 * (double)(s->frames * s->height * s->width) * (double)(unfolded(s) * s->out);
 }
 
-/* col[(y - first) * width + x][ky][kx][c] = image[y + ky - 1][x + kx - 1][c], 0 outside */
-static void unfold(const FvConv *s, size_t first, size_t rows, const real *image, real *col) {
+/* col[row - first][x][ky][kx][c] = images[frame][y + ky - 1][x + kx - 1][c], 0 outside the frame */
+static void unfold(const FvConv *s, size_t first, size_t rows, const real *images, real *col) {
     size_t in = s->in;
-    for (size_t y = first; y < first + rows; y++)
+    for (size_t row = first; row < first + rows; row++) {
+        size_t y = row % s->height;
+        const real *image = images + (row - y) * s->width * in;
         for (size_t x = 0; x < s->width; x++)
             for (size_t ky = 0; ky < 3; ky++) {
                 size_t sy = y + ky; /* one too large */
@@ -56,6 +59,7 @@ static void unfold(const FvConv *s, size_t first, size_t rows, const real *image
                         memset(col, 0, in * sizeof *col);
                 }
             }
+    }
 }
 
 FV_SIMD static void add_to(size_t n, const real *x, real *y) {
@@ -64,9 +68,12 @@ FV_SIMD static void add_to(size_t n, const real *x, real *y) {
 }
 
 /* The transpose of unfold: every unfolded value is added to where it came from. */
-FV_SIMD static void fold(const FvConv *s, size_t first, size_t rows, const real *col, real *image) {
+FV_SIMD static void fold(const FvConv *s, size_t first, size_t rows, const real *col,
+                         real *images) {
     size_t in = s->in;
-    for (size_t y = first; y < first + rows; y++)
+    for (size_t row = first; row < first + rows; row++) {
+        size_t y = row % s->height;
+        real *image = images + (row - y) * s->width * in;
         for (size_t x = 0; x < s->width; x++)
             for (size_t ky = 0; ky < 3; ky++)
                 for (size_t kx = 0; kx < 3; kx++, col += in) {
@@ -77,17 +84,17 @@ FV_SIMD static void fold(const FvConv *s, size_t first, size_t rows, const real 
                     for (size_t c = 0; c < in; c++)
                         to[c] += col[c];
                 }
+    }
 }
 
 static void forward_tile(void *arg, size_t tile, size_t thread) {
     const Conv *t = arg;
     const FvConv *s = t->s;
-    size_t frame = tile / t->blocks.count, block = tile % t->blocks.count;
-    size_t first = fv_split_start(&t->blocks, block), rows = fv_split_length(&t->blocks, block);
+    size_t first = fv_split_start(&t->rows, tile), rows = fv_split_length(&t->rows, tile);
     size_t pixels = rows * s->width, k = unfolded(s);
     real *col = t->cpu->own[thread].data;
-    real *y = t->y + (frame * s->height + first) * s->width * s->out;
-    unfold(s, first, rows, t->x + frame * s->height * s->width * s->in, col);
+    real *y = t->y + first * s->width * s->out;
+    unfold(s, first, rows, t->x, col);
     for (size_t p = 0; p < pixels; p++)
         memcpy(y + p * s->out, t->bias, s->out * sizeof *y);
     fv_gemm(false, true, pixels, s->out, k, 1, col, k, t->w, k, 1, y, s->out);
@@ -95,61 +102,60 @@ static void forward_tile(void *arg, size_t tile, size_t thread) {
 
 void fv_cpu_conv(FvBackend *backend, const FvConv *s, const real *x, const real *w,
                  const real *bias, real *y) {
+    size_t rows = s->frames * s->height, block = block_rows(s);
     Conv t = {.s = s,
               .cpu = fv_cpu(backend),
-              .blocks = split_frame(s),
+              .rows = {rows, block, fv_ceil_div(rows, block)},
               .x = x,
               .w = w,
               .bias = bias,
               .y = y};
-    size_t col = fv_mul4(t.blocks.size, s->width, unfolded(s), sizeof(real));
+    size_t col = fv_mul4(block, s->width, unfolded(s), sizeof(real));
     if (!fv_cpu_workspace(t.cpu, col, 0))
         return;
-    fv_cpu_run(t.cpu, s->frames * t.blocks.count, flops_of(s) / flops_per_ns, forward_tile, &t);
+    fv_cpu_run(t.cpu, t.rows.count, flops_of(s) / flops_per_ns, forward_tile, &t);
 }
 
-/* One block of rows: its share of dw and dbias into `part`, its gradient folded into dx. */
-static void backward_block(const Conv *t, size_t frame, size_t block, real *col, real *part) {
+/* Rows first .. first + rows: their share of dw and dbias into `part`, which the first block of a
+ * chunk starts; their gradient folded into dx. */
+static void backward_block(const Conv *t, size_t first, size_t rows, bool start, real *col,
+                           real *part) {
     const FvConv *s = t->s;
-    size_t first = fv_split_start(&t->blocks, block), rows = fv_split_length(&t->blocks, block);
-    size_t pixels = rows * s->width, k = unfolded(s), image = s->height * s->width;
-    const real *dy = t->dy + (frame * s->height + first) * s->width * s->out;
+    size_t pixels = rows * s->width, k = unfolded(s);
+    const real *dy = t->dy + first * s->width * s->out;
     if (t->dw) {
-        unfold(s, first, rows, t->x + frame * image * s->in, col);
-        fv_gemm(true, false, s->out, k, pixels, 1, dy, s->out, col, k, 1, part, k);
+        unfold(s, first, rows, t->x, col);
+        fv_gemm(true, false, s->out, k, pixels, 1, dy, s->out, col, k, start ? 0 : 1, part, k);
     }
     for (size_t p = 0; p < pixels; p++)
         add_to(s->out, dy + p * s->out, part + s->out * k);
     if (t->dx) {
         fv_gemm(false, false, pixels, k, s->out, 1, dy, s->out, t->w, k, 0, col, k);
-        fold(s, first, rows, col, t->dx + frame * image * s->in);
+        fold(s, first, rows, col, t->dx);
     }
 }
 
 static void backward_tile(void *arg, size_t tile, size_t thread) {
     const Conv *t = arg;
     const FvConv *s = t->s;
-    size_t image = s->height * s->width * s->in;
+    size_t first = fv_split_start(&t->chunks, tile) * s->height;
+    size_t end = first + fv_split_length(&t->chunks, tile) * s->height, row = s->width * s->in;
     real *part = t->part + tile * t->part_size;
-    size_t frame = fv_split_start(&t->chunks, tile),
-           end = frame + fv_split_length(&t->chunks, tile);
-    memset(part, 0, t->part_size * sizeof *part);
-    for (; frame < end; frame++) {
-        if (t->dx && !t->add)
-            memset(t->dx + frame * image, 0, image * sizeof *t->dx);
-        for (size_t block = 0; block < t->blocks.count; block++)
-            backward_block(t, frame, block, t->cpu->own[thread].data, part);
-    }
+    memset(part + s->out * unfolded(s), 0, s->out * sizeof *part);
+    if (t->dx && !t->add)
+        memset(t->dx + first * row, 0, (end - first) * row * sizeof *t->dx);
+    for (size_t at = first; at < end; at += t->block)
+        backward_block(t, at, fv_min(t->block, end - at), at == first, t->cpu->own[thread].data,
+                       part);
 }
 
 void fv_cpu_conv_back(FvBackend *backend, const FvConv *s, const real *x, const real *w,
                       const real *dy, real *dx, bool add, real *dw, real *dbias) {
-    enum { CHUNKS = 8 };
     size_t weights = fv_mul(s->out, unfolded(s));
     Conv t = {.s = s,
               .cpu = fv_cpu(backend),
-              .blocks = split_frame(s),
-              .chunks = fv_split(s->frames, CHUNKS, 1, 1),
+              .block = block_rows(s),
+              .chunks = fv_split(s->frames, PARTS, 1, 1),
               .x = x,
               .w = w,
               .dy = dy,
@@ -157,7 +163,7 @@ void fv_cpu_conv_back(FvBackend *backend, const FvConv *s, const real *x, const 
               .add = add,
               .dw = dw != NULL};
     t.part_size = fv_add(weights, s->out);
-    size_t col = fv_mul4(t.blocks.size, s->width, unfolded(s), sizeof(real));
+    size_t col = fv_mul4(t.block, s->width, unfolded(s), sizeof(real));
     if (!fv_cpu_workspace(t.cpu, col, fv_mul3(t.chunks.count, t.part_size, sizeof(real))))
         return;
     t.part = t.cpu->shared.data;

@@ -75,9 +75,22 @@ FV_SIMD static void softmax(size_t n, real *p) {
         p[j] *= scale;
 }
 
-FV_SIMD static void add_scaled(size_t n, real scale, const real *x, real *y) {
-    for (size_t i = 0; i < n; i++)
-        y[i] += scale * x[i];
+/* y = scale * sum over keys of p[j] * x[j] */
+FV_SIMD static void weighted_sum(size_t keys, size_t width, size_t stride, real scale,
+                                 const real *p, const real *x, real *y) {
+    for (size_t i = 0; i < width; i++)
+        y[i] = 0;
+    for (size_t j = 0; j < keys; j++)
+        for (size_t i = 0; i < width; i++)
+            y[i] += scale * p[j] * x[j * stride + i];
+}
+
+/* y[j] += scale * p[j] * x for every key */
+FV_SIMD static void spread(size_t keys, size_t width, size_t stride, real scale, const real *p,
+                           const real *restrict x, real *restrict y) {
+    for (size_t j = 0; j < keys; j++)
+        for (size_t i = 0; i < width; i++)
+            y[j * stride + i] += scale * p[j] * x[i];
 }
 
 static void forward_tile(void *arg, size_t frame, size_t thread) {
@@ -93,9 +106,7 @@ static void forward_tile(void *arg, size_t frame, size_t thread) {
         if (s->top_k > 0 && s->top_k < s->keys)
             keep_largest(s->keys, s->top_k, p, t->cpu->own[thread].data);
         softmax(s->keys, p);
-        memset(out, 0, s->width * sizeof *out);
-        for (size_t j = 0; j < s->keys; j++)
-            add_scaled(s->width, p[j], v + j * stride + h * s->width, out);
+        weighted_sum(s->keys, s->width, stride, 1, p, v + h * s->width, out);
     }
 }
 
@@ -128,12 +139,10 @@ static void backward_tile(void *arg, size_t frame, size_t thread) {
         real *dq = t->dq + row;
         score_gradients(s->keys, s->width, stride, p, t->v + head, dout,
                         t->dprobs ? t->dprobs + probs : NULL, ds);
-        memset(dq, 0, s->width * sizeof *dq);
-        for (size_t j = 0; j < s->keys; j++)
-            add_scaled(s->width, scale * ds[j], t->k + head + j * stride, dq);
-        for (size_t j = 0; t->dk && j < s->keys; j++) {
-            add_scaled(s->width, scale * ds[j], q, t->dk + head + j * stride);
-            add_scaled(s->width, p[j], dout, t->dv + head + j * stride);
+        weighted_sum(s->keys, s->width, stride, scale, ds, t->k + head, dq);
+        if (t->dk) {
+            spread(s->keys, s->width, stride, scale, ds, q, t->dk + head);
+            spread(s->keys, s->width, stride, 1, p, dout, t->dv + head);
         }
     }
 }
