@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "backend/cpu.h"
 
@@ -51,14 +52,19 @@ void fv_cpu_run(FvCpu *cpu, size_t tiles, double cost, FvTile *run, void *arg) {
 
 /* --- memory ---------------------------------------------------------------------------------- */
 
+/* Large blocks ask for large pages: a step streams through all of its activations, and with small
+ * pages the address translations do not fit the processor's tables. */
 static FvStatus cpu_alloc(FvBackend *backend, size_t bytes, void **out, FvError *err) {
     (void)backend;
-    size_t padded = fv_add(bytes, FV_ALIGN) / FV_ALIGN * FV_ALIGN;
-    *out = padded <= PTRDIFF_MAX - FV_ALIGN ? aligned_alloc(FV_ALIGN, padded) : NULL;
+    const size_t huge = (size_t)2 << 20, align = bytes >= 2 * huge ? huge : FV_ALIGN;
+    size_t padded = fv_add(bytes, align) / align * align;
+    *out = padded <= PTRDIFF_MAX - align ? aligned_alloc(align, padded) : NULL;
     if (!*out)
         return FV_FAIL(err, FV_DEVICE,
                        "no memory for %zu bytes; use a smaller batch, scale or --jobs-per-rank",
                        bytes);
+    if (align == huge)
+        madvise(*out, padded, MADV_HUGEPAGE); /* a wish: without it all works, slower */
     memset(*out, 0, padded);
     return FV_OK;
 }

@@ -255,15 +255,17 @@ static void tell_study(Session *s) {
 /* Held at most, beside what --dry-run predicts for this rank. */
 static void tell_memory(Session *s) {
     FvError ignored;
-    size_t jobs = 0;
+    size_t largest = 0, histories = 0;
     for (size_t e = 0; e < s->study.experiment_count; e++) {
         FvJobPlan plan;
         const FvConfig *c = &s->study.experiments[e].config;
-        if (fv_plan_job(c, s->group.size, s->info[e], &plan, &ignored) == FV_OK &&
-            fv_plan_bytes(&plan) > jobs)
-            jobs = fv_plan_bytes(&plan);
+        if (fv_plan_job(c, s->group.size, s->info[e], &plan, &ignored) != FV_OK)
+            return;
+        largest = fv_plan_bytes(&plan) > largest ? fv_plan_bytes(&plan) : largest;
+        histories = fv_add(histories, fv_mul(s->study.seed_count, plan.history));
     }
-    size_t planned = fv_add(fv_mul(jobs, s->group.slots), s->info[0]->bytes);
+    size_t planned =
+        fv_plan_rank_bytes(largest, s->group.slots, s->info[0]->bytes, histories, s->threads);
     size_t peak = fv_memory_use().peak;
     if (peak > s->memory_before)
         fv_display_log(s->display,

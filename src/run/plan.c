@@ -39,6 +39,17 @@ size_t fv_plan_bytes(const FvJobPlan *p) {
     return fv_add(device, fv_add(p->history, fv_add(p->evaluation, p->staging)));
 }
 
+/* Measured at the small scale: a thread's stack, allocator and BLAS buffers come to some 4 MB, the
+ * libraries that a run touches to 8 MB; results.h5 is made in memory of a copy of the records, and
+ * grows by doubling. */
+size_t fv_plan_rank_bytes(size_t largest_job, size_t slots, size_t clips, size_t histories,
+                          size_t threads) {
+    const size_t thread = 4000000, libraries = 8000000, copies = 4;
+    size_t fixed = fv_add(libraries, fv_mul(threads, thread));
+    size_t jobs = fv_add(fv_mul(largest_job, slots), clips);
+    return fv_add(fv_add(jobs, fv_mul(histories, copies)), fixed);
+}
+
 /* --- the dry run ---------------------------------------------------------------------------- */
 
 static void print_bytes(const char *what, size_t bytes) {
@@ -125,7 +136,7 @@ static FvStatus estimate_seconds(const FvConfig *config, const FvJobPlan *p, siz
 FvStatus fv_plan_print(const FvStudy *study, const FvWorld *world, const FvOptions *o,
                        size_t threads, const char *out, FvError *err) {
     size_t jobs = study->experiment_count * study->seed_count;
-    size_t groups = world->size / o->ranks_per_experiment, disk = 0, most = 0;
+    size_t groups = world->size / o->ranks_per_experiment, disk = 0, most = 0, histories = 0;
     double total = 0;
     bool timed = true;
     printf("study %s: %zu experiments x %zu seeds = %zu jobs, on %zu groups of %zu ranks, %zu at "
@@ -146,6 +157,7 @@ FvStatus fv_plan_print(const FvStudy *study, const FvWorld *world, const FvOptio
         timed = timed && fits;
         total += seconds;
         most = bytes > most ? bytes : most;
+        histories = fv_add(histories, fv_mul(study->seed_count, p.history));
         disk = fv_add(disk, fv_mul(study->seed_count,
                                    fv_add(fv_mul(2, p.checkpoint),
                                           fv_add(p.memory.weights, fv_mul(2, p.history)))));
@@ -157,8 +169,11 @@ FvStatus fv_plan_print(const FvStudy *study, const FvWorld *world, const FvOptio
             printf("%10s\n", "not tried");
     }
     printf("\nper rank, with %zu threads:\n", threads);
+    size_t clips = fv_data_bytes(&study->experiments[0].config);
     print_bytes("jobs", fv_mul(most, o->jobs_per_rank));
-    print_bytes("clips", fv_data_bytes(&study->experiments[0].config));
+    print_bytes("clips", clips);
+    print_bytes("all, on rank 0",
+                fv_plan_rank_bytes(most, o->jobs_per_rank, clips, histories, threads));
     print_bytes("free now", free_memory());
     printf("disk:\n");
     print_bytes("checkpoints, results", disk);
