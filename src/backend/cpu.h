@@ -50,9 +50,9 @@ bool fv_cpu_workspace(FvCpu *, size_t own_bytes, size_t shared_bytes);
 void fv_cpu_run(FvCpu *, size_t tiles, double cost, FvTile *run, void *arg);
 
 /* Parts of a range of n, `size` each except the last. */
-typedef struct FvSplit {
+typedef struct FvTiles {
     size_t n, size, count;
-} FvSplit;
+} FvTiles;
 
 static inline size_t fv_min(size_t a, size_t b) {
     return a < b ? a : b;
@@ -68,29 +68,29 @@ static inline size_t fv_ceil_div(size_t a, size_t b) {
 
 /* At most `parts` equal parts of at least `least`, each a multiple of `multiple` but the last;
  * none when n is 0. */
-static inline FvSplit fv_split(size_t n, size_t parts, size_t least, size_t multiple) {
+static inline FvTiles fv_split(size_t n, size_t parts, size_t least, size_t multiple) {
     size_t fit = fv_max_size(1, fv_min(parts, n / least));
     size_t size = fv_max_size(1, fv_ceil_div(fv_ceil_div(n, fit), multiple) * multiple);
-    return (FvSplit){n, size, fv_ceil_div(n, size)};
+    return (FvTiles){n, size, fv_ceil_div(n, size)};
 }
 
-static inline size_t fv_split_start(const FvSplit *s, size_t part) {
+static inline size_t fv_split_start(const FvTiles *s, size_t part) {
     return part * s->size;
 }
 
-static inline size_t fv_split_length(const FvSplit *s, size_t part) {
+static inline size_t fv_split_length(const FvTiles *s, size_t part) {
     return fv_min(s->size, s->n - part * s->size);
 }
 
 /* Rows of `width` in parts that suit operations which stream once through memory. */
-static inline FvSplit fv_split_rows(size_t rows, size_t width) {
+static inline FvTiles fv_split_rows(size_t rows, size_t width) {
     enum { PART = 8192 }; /* elements: some microseconds, and within the first-level cache */
     size_t size = fv_max_size(1, PART / fv_max_size(1, width));
-    return (FvSplit){rows, size, fv_ceil_div(rows, size)};
+    return (FvTiles){rows, size, fv_ceil_div(rows, size)};
 }
 
 /* The same for sums over rows, whose partial sums are added afterwards: few parts. */
-static inline FvSplit fv_split_sums(size_t rows, size_t width) {
+static inline FvTiles fv_split_sums(size_t rows, size_t width) {
     enum { PARTS = 16 };
     return fv_split(rows, PARTS, fv_max_size(1, 4096 / fv_max_size(1, width)), 1);
 }

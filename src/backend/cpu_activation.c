@@ -3,7 +3,7 @@
 #include "backend/cpu_math.h"
 
 typedef struct Map {
-    FvSplit split;
+    FvTiles split;
     const real *x, *u, *dy;
     real *y, *z;
 } Map;

@@ -12,8 +12,8 @@ typedef struct Conv {
     const FvConv *s;
     FvCpu *cpu;
     size_t block;   /* rows unfolded at once, at most */
-    FvSplit rows;   /* forward: of all frames; a tile each */
-    FvSplit chunks; /* backward: frames */
+    FvTiles rows;   /* forward: of all frames; a tile each */
+    FvTiles chunks; /* backward: frames */
     const real *x, *w, *bias, *dy;
     real *y, *dx, *part;
     size_t part_size;

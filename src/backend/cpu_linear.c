@@ -9,7 +9,7 @@
 /* y [rows, columns] cut into tiles that gemm handles well (128 rows and more) and that are enough
  * for many threads. Sizes depend on the shape alone. */
 typedef struct Grid {
-    FvSplit rows, columns;
+    FvTiles rows, columns;
 } Grid;
 
 enum { ENOUGH_TILES = 8 };
@@ -71,7 +71,7 @@ typedef struct LinearBack {
     Grid x_grid;            /* tiles of dx [rows, in] */
     size_t x_tiles;         /* 0 when dx is not needed */
     Grid w_grid;            /* tiles of dw [out, in] ... */
-    FvSplit chunks;         /* ... times parts of the rows */
+    FvTiles chunks;         /* ... times parts of the rows */
     real *part, *part_bias; /* [chunks - 1][out * in], [chunks - 1][out] */
 } LinearBack;
 

@@ -7,7 +7,7 @@
 static const double ns_per_element = 0.5;
 
 typedef struct Norm {
-    FvSplit split;
+    FvTiles split;
     size_t width;
     double eps; /* rescale: the target */
     const real *x, *gamma, *beta, *mean_in, *rstd_in, *dy;

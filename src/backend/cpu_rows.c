@@ -7,7 +7,7 @@
 static const double ns_per_element = 0.15;
 
 typedef struct Rows {
-    FvSplit split;
+    FvTiles split;
     size_t width;
     const real *x, *scale, *a;
     const int32_t *si, *di;
@@ -129,7 +129,7 @@ FV_SIMD static void add_parts(size_t parts, size_t n, size_t stride, const real 
 }
 
 typedef struct Parts {
-    FvSplit split;
+    FvTiles split;
     size_t parts, stride;
     const real *part;
     real *sum;

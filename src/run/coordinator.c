@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <time.h>
 
+#include "base/clock.h"
 #include "run/files.h"
 
 enum { TAG_TO_ROOT = 100, TAG_REPLY = 1000 /* + slot */ };
@@ -44,16 +45,6 @@ struct FvCoordinator {
     double last_publish, start;
 };
 
-static double clock_seconds(clockid_t clock) {
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static double now(void) {
-    return clock_seconds(CLOCK_MONOTONIC);
-}
-
 void fv_job_folder(const char *out, const FvStudy *study, size_t job, char *path, size_t size) {
     snprintf(path, size, "%s/%s/seed_%llu", out, study->experiments[job / study->seed_count].name,
              (unsigned long long)study->seeds[job % study->seed_count]);
@@ -86,20 +77,20 @@ static FvStatus refresh(FvCoordinator *c, size_t job, FvError *err) {
 }
 
 static FvStatus publish(FvCoordinator *c, FvError *err) {
-    double start = clock_seconds(CLOCK_THREAD_CPUTIME_ID);
+    double start = fv_clock(CLOCK_THREAD_CPUTIME_ID);
     for (size_t j = 0; j < c->jobs; j++)
         FV_TRY(refresh(c, j, err));
     FV_TRY(fv_results_write(c->c.out, c->c.study, c->records, c->c.map_pixels, c->c.data,
                             &c->c.provenance, err));
-    c->publish_cost = clock_seconds(CLOCK_THREAD_CPUTIME_ID) - start;
-    c->last_publish = now();
+    c->publish_cost = fv_clock(CLOCK_THREAD_CPUTIME_ID) - start;
+    c->last_publish = fv_now();
     return FV_OK;
 }
 
 static bool publish_due(const FvCoordinator *c) {
-    double most = fmax(publish_seconds_most, long_share * (now() - c->start));
+    double most = fmax(publish_seconds_most, long_share * (fv_now() - c->start));
     double pause = fmin(c->publish_cost / most_share, most);
-    return now() - c->last_publish >= fmax(pause, publish_seconds);
+    return fv_now() - c->last_publish >= fmax(pause, publish_seconds);
 }
 
 /* The run goes on without its shop window: histories and checkpoints have their own files. */
@@ -112,7 +103,7 @@ static void try_publish(FvCoordinator *c) {
     if (c->write_error.status == FV_OK)
         fv_display_log(c->c.display, "fovea: %s (trying again)", err.text);
     c->write_error = err;
-    c->last_publish = now();
+    c->last_publish = fv_now();
 }
 
 /* --- hand-out ------------------------------------------------------------------------------- */
@@ -161,9 +152,9 @@ static void *serve(void *context) {
     for (bool ending = false; !ending;) {
         if (c->c.world->size > 1)
             answer_messages(c);
-        if (now() - drawn >= draw_seconds) {
+        if (fv_now() - drawn >= draw_seconds) {
             fv_display_draw(c->c.display);
-            drawn = now();
+            drawn = fv_now();
         }
         if (publish_due(c))
             try_publish(c);
@@ -208,7 +199,7 @@ FvStatus fv_coordinator_start(const FvCoordinatorConfig *config, FvCoordinator *
     if (!c)
         return FV_FAIL(err, FV_DEVICE, "out of memory for the coordinator");
     c->c = *config;
-    c->start = now();
+    c->start = fv_now();
     c->jobs = config->study->experiment_count * config->study->seed_count;
     FvStatus status = config->world->rank == 0 ? start_on_root(c, err) : FV_OK;
     if (status != FV_OK) {

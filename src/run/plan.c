@@ -3,9 +3,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/memory.h"
 #include "run/checkpoint.h"
 #include "run/history.h"
@@ -56,12 +56,6 @@ static void print_bytes(const char *what, size_t bytes) {
     printf("  %-22s %10.1f MB\n", what, (double)bytes / 1e6);
 }
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* A batch of zeros costs what a real one costs. */
 static FvStatus zero_batch(const FvModelConfig *c, FvBatch *b, FvError *err) {
     size_t frames = c->clips * c->frames;
@@ -79,7 +73,7 @@ static FvStatus zero_batch(const FvModelConfig *c, FvBatch *b, FvError *err) {
 static double time_steps(FvModel *m, const FvBatch *batch, bool train) {
     double best = 1e30, spent = 0;
     for (int i = 0; i < 12 && (i < 2 || spent < 2); i++) { /* the first one warms up */
-        double start = now();
+        double start = fv_now();
         fv_model_load(m, batch);
         fv_model_encode(m);
         fv_model_coarse(m);
@@ -88,7 +82,7 @@ static double time_steps(FvModel *m, const FvBatch *batch, bool train) {
             fv_model_backward(m);
         else
             fv_model_fine_other(m);
-        double seconds = now() - start;
+        double seconds = fv_now() - start;
         spent += seconds;
         if (i > 0 && seconds < best)
             best = seconds;

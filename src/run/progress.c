@@ -10,6 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/clock.h"
+
 enum { BAR = 14, LINE = 768, WIDE = 118, SCREEN = 16384 };
 static const double plain_seconds = 10; /* between plain lines of one job */
 
@@ -23,12 +25,6 @@ struct FvDisplay {
     FvProgress *progress;
     double *last_plain;
 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 bool fv_display_is_live(bool by_mpirun) {
     if (!by_mpirun)
@@ -161,8 +157,8 @@ void fv_display_update(FvDisplay *d, const FvProgress *p) {
                  fv_job_state_name(p->state), p->step, p->steps);
         put_line(d, line, false);
     } else if (p->state == FV_JOB_RUNNING && p->step > 0 &&
-               now() - d->last_plain[p->job] >= plain_seconds) {
-        d->last_plain[p->job] = now();
+               fv_now() - d->last_plain[p->job] >= plain_seconds) {
+        d->last_plain[p->job] = fv_now();
         format_job(d, p, false, line, sizeof line);
         put_line(d, line, d->live);
     }

@@ -5,8 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "base/clock.h"
 #include "base/memory.h"
 #include "run/checkpoint.h"
 #include "run/evaluate.h"
@@ -39,12 +39,6 @@ typedef struct FvTrainer {
     uint64_t rate_step, checkpoint_step;
 } FvTrainer;
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static bool is_root(const FvTrainer *t) {
     return t->run->group->rank == 0;
 }
@@ -76,7 +70,7 @@ static double recent(const FvHistory *h, int series) {
 static void report(FvTrainer *t, const char *text) {
     if (!is_root(t))
         return;
-    double seconds = now() - t->rate_start;
+    double seconds = fv_now() - t->rate_start;
     FvProgress p = {.job = t->job,
                     .state = t->info.state,
                     .step = t->step,
@@ -87,14 +81,14 @@ static void report(FvTrainer *t, const char *text) {
     p.rate = seconds > 0 ? (double)(t->step - t->rate_step) / seconds : 0;
     snprintf(p.text, sizeof p.text, "%s", text);
     fv_coordinator_report(t->run->coordinator, &p);
-    t->last_report = now();
+    t->last_report = fv_now();
 }
 
 /* --- files ---------------------------------------------------------------------------------- */
 
 static FvStatus save_history(FvTrainer *t, FvError *err) {
     const FvHistory *h = &t->history;
-    t->last_history = now();
+    t->last_history = fv_now();
     if (!is_root(t) || h->steps < t->shown_steps || h->evals < t->shown_evals ||
         h->maps < t->shown_maps)
         return FV_OK;
@@ -102,14 +96,14 @@ static FvStatus save_history(FvTrainer *t, FvError *err) {
 }
 
 static FvStatus save_checkpoint(FvTrainer *t, FvError *err) {
-    double start = now();
+    double start = fv_now();
     t->last_checkpoint = start;
     t->checkpoint_step = t->step;
     if (!is_root(t))
         return FV_OK;
     FV_TRY(
         fv_checkpoint_save(t->checkpointer, &t->history, t->step, &t->info.checkpoint_bytes, err));
-    t->info.checkpoint_seconds_last = now() - start;
+    t->info.checkpoint_seconds_last = fv_now() - start;
     return FV_OK;
 }
 
@@ -264,7 +258,7 @@ static void record(FvTrainer *t, const FvStepMeans *m, double norm, double lr, d
 
 /* The training step. */
 static FvStatus train_step(FvTrainer *t, bool *stop, FvError *err) {
-    double start = now();
+    double start = fv_now();
     const FvBatch *batch;
     FvModel *m = t->model;
     FvParams *params = fv_model_params(m);
@@ -291,7 +285,7 @@ static FvStatus train_step(FvTrainer *t, bool *stop, FvError *err) {
                      .clip_norm = t->config->clip_norm,
                      .step = t->step + 1};
     fv_model_update(m, &adamw);
-    record(t, &means, measures.norm, adamw.lr, now() - start);
+    record(t, &means, measures.norm, adamw.lr, fv_now() - start);
     t->step++;
     *stop = means.stop > 0;
     return FV_OK;
@@ -315,17 +309,17 @@ static FvStatus train_loop(FvTrainer *t, FvError *err) {
     bool stop = false;
     if (t->step == 0 && t->history.evals == 0)
         FV_TRY(measure_if_due(t, err));
-    t->rate_start = now();
+    t->rate_start = fv_now();
     while (t->step < t->config->steps && !stop) {
         FV_TRY(train_step(t, &stop, err));
         FV_TRY(measure_if_due(t, err));
         bool checkpoint = t->step - t->checkpoint_step >= t->config->checkpoint_steps ||
-                          now() - t->last_checkpoint >= t->config->checkpoint_seconds;
+                          fv_now() - t->last_checkpoint >= t->config->checkpoint_seconds;
         if (checkpoint || stop || t->step == t->config->steps)
             FV_TRY(save_checkpoint(t, err));
-        if (checkpoint || now() - t->last_history >= history_seconds)
+        if (checkpoint || fv_now() - t->last_history >= history_seconds)
             FV_TRY(save_history(t, err));
-        if (now() - t->last_report >= report_seconds)
+        if (fv_now() - t->last_report >= report_seconds)
             report(t, "");
     }
     return stop && t->step < t->config->steps
@@ -368,7 +362,7 @@ static FvStatus begin(FvTrainer *t, FvError *err) {
     FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,
                            t->c.max_text, t->step, &t->loader, err));
     t->rate_step = t->checkpoint_step = t->step;
-    t->started = t->rate_start = t->last_checkpoint = t->last_history = now();
+    t->started = t->rate_start = t->last_checkpoint = t->last_history = fv_now();
     t->info.state = FV_JOB_RUNNING;
     char text[64] = "";
     if (t->step > 0)
@@ -383,7 +377,7 @@ static FvStatus end(FvTrainer *t, FvStatus status, FvError *err) {
     t->info.state = status == FV_OK        ? FV_JOB_FINISHED
                     : status == FV_STOPPED ? FV_JOB_STOPPED
                                            : FV_JOB_FAILED;
-    t->info.seconds += now() - t->started;
+    t->info.seconds += fv_now() - t->started;
     if (status != FV_OK && status != FV_STOPPED)
         snprintf(t->info.why, sizeof t->info.why, "%s", err->text);
     if (is_root(t) && t->checkpointer && status == FV_OK)
@@ -415,7 +409,7 @@ FvStatus fv_train(const FvRun *run, size_t slot, size_t job, FvError *err) {
                    .config = &run->study->experiments[experiment].config,
                    .seed = run->study->seeds[job % run->study->seed_count],
                    .data = run->data[experiment],
-                   .started = now()};
+                   .started = fv_now()};
     fv_job_folder(run->out, run->study, job, t.folder, sizeof t.folder);
     snprintf(t.history_path, sizeof t.history_path, "%.*s/history.safetensors", FV_PATH - 64,
              t.folder);
