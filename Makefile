@@ -90,7 +90,11 @@ run:
 	@$(MAKE) --no-print-directory $(JOBS) all
 	mpirun -np $(NP) ./fovea $(ARGS)
 
-bench: all
+$(B)/f32/bench_ops: $(B)/f32/tests/speed/bench_ops.o $(PARTS:%.c=$(B)/f32/%.o)
+	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
+
+bench: all $(B)/f32/bench_ops
+	$(B)/f32/bench_ops
 	$(or $(PYTHON),python3) tests/bench
 
 soak: all
@@ -148,7 +152,7 @@ help:
 	@echo "                NP=ranks, ARGS='options of fovea'"
 	@echo "make test       the whole test suite; tests/run NAME... runs some of it"
 	@echo "make info       what was found, what was not and what that turns off"
-	@echo "make bench      speed: matrix products, steps per second, the whole study"
+	@echo "make bench      speed: every operation, steps per second, the whole study"
 	@echo "make soak       long runs that are killed and started again"
 	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"
 	@echo "make format     clang-format in place"

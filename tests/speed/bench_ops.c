@@ -3,9 +3,7 @@
  *
  *     bench_ops [NAME]       only operations whose name contains NAME
  *
- * Build it like the program, with src/backend/ and src/base/ and without src/main.c. Best of
- * several rounds: other work on the machine only ever adds time. Where info says that other BLAS
- * kernels suit the processor better, set OPENBLAS_CORETYPE. */
+ * Part of `make bench`. Best of several rounds: other work on the machine only ever adds time. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +14,7 @@
 
 #include "backend/backend.h"
 #include "base/rng.h"
+#include "run/processor.h"
 
 typedef struct Bench {
     FvBackend *be;
@@ -314,6 +313,7 @@ static void stop(Bench *b) {
 
 int main(int argc, char **argv) {
     enum { CASES = sizeof cases / sizeof *cases };
+    fv_settle_blas(argv); /* the kernels that the program uses */
     const char *only = argc > 1 ? argv[1] : "";
     static double seconds[2][CASES];
     double peak = 0;
