@@ -61,8 +61,12 @@ static void print_version(void) {
     printf("fovea %s\n%s\nHDF5 %s\n%s\n", FV_REVISION, mpi, hdf5, fv_cpu_blas_name());
 }
 
-static void complain(const FvError *err) {
-    fprintf(stderr, "fovea: %s\n", err->text);
+/* world: NULL for commands that have no ranks */
+static void complain(const FvError *err, const FvWorld *world) {
+    if (world && world->size > 1)
+        fprintf(stderr, "fovea: rank %zu on %s: %s\n", world->rank, world->host, err->text);
+    else
+        fprintf(stderr, "fovea: %s\n", err->text);
     if (getenv("FOVEA_TRACE") && err->file)
         fprintf(stderr, "fovea: at %s:%d\n", err->file, err->line);
 }
@@ -97,7 +101,7 @@ static FvStatus run_study(int argc, char **argv, const FvOptions *options, FvErr
     FvInvocation in = {.options = *options, .revision = FV_REVISION, .stop = &stop_asked};
     FvStatus status = fv_world_start(&argc, &argv, &in.world, err);
     if (status != FV_OK) {
-        complain(err);
+        complain(err, &in.world);
         fv_world_abort(status);
     }
     char *line = join(argc, argv);
@@ -106,7 +110,7 @@ static FvStatus run_study(int argc, char **argv, const FvOptions *options, FvErr
     bool speaker = false, abort = false;
     status = fv_execute(&in, &speaker, &abort, err);
     if (status != FV_OK && speaker)
-        complain(err);
+        complain(err, &in.world);
     if (abort)
         fv_world_abort(status);
     free(line);
@@ -136,13 +140,13 @@ int main(int argc, char **argv) {
             continue;
         status = run_command(argc, argv, &err);
         if (status != FV_OK)
-            complain(&err);
+            complain(&err, NULL);
         return (int)status;
     }
     FvOptions options;
     status = fv_options_parse(argc, argv, &options, &err);
     if (status != FV_OK) {
-        complain(&err);
+        complain(&err, NULL);
     } else if (options.help) {
         print_help();
     } else if (options.version) {
