@@ -18,7 +18,12 @@ void fv_settle_blas(char **argv) {
     if ((core && setenv("OPENBLAS_CORETYPE", core, 1) != 0) ||
         setenv("OPENBLAS_NUM_THREADS", "1", 1) != 0)
         return;
-    execv("/proc/self/exe", argv);
+    char program[4096]; /* by its own path, so that ps shows its name */
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n <= 0)
+        return;
+    program[n] = '\0';
+    execv(program, argv);
 }
 
 /* Cores first .. first + count of a set, in order. */
