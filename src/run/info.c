@@ -8,8 +8,6 @@
 #include "run/config.h"
 #include "run/safetensors.h"
 
-static const char *const type_names[FV_TYPES] = {"F64", "F32", "F16", "BF16", "I64", "I32", "U8"};
-
 static void print_shape(size_t rank, const size_t *shape) {
     char text[96] = "[";
     size_t used = 1;
@@ -21,7 +19,7 @@ static void print_shape(size_t rank, const size_t *shape) {
 static void print_file(const FvTensorFile *file) {
     for (size_t i = 0; i < fv_tensors_count(file); i++) {
         const FvTensor *t = fv_tensors_at(file, i);
-        printf("%-64s %-5s ", t->name, type_names[t->type]);
+        printf("%-64s %-5s ", t->name, fv_type_name(t->type));
         print_shape(t->rank, t->shape);
         putchar('\n');
     }
