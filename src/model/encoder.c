@@ -1,23 +1,24 @@
-/* The DINOv2 vision transformer over the patches (Oquab et al. 2023; weights and names as in the
- * Hugging Face checkpoint facebook/dinov2-small), forward and backward. */
+#include "model/encoder.h"
+
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "model/parts.h"
+/* --- weights -------------------------------------------------------------------------------- */
 
-static size_t rows_of(const FvModel *m) {
-    return fv_frames(m) * fv_keys(m);
+FvStatus fv_encoder_weights_create(FvEncoderWeights *w, size_t layers, FvError *err) {
+    w->layer = calloc(layers, sizeof *w->layer);
+    return w->layer ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory for the encoder's layers");
 }
 
-/* In deep mode the last layer is read through its keys and values only: its attention output and
- * MLP on the patches would be dead work. */
-static size_t whole_layers(const FvModel *m) {
-    return m->c.deep ? m->c.dino_layers - 1 : m->c.dino_layers;
+void fv_encoder_weights_free(FvEncoderWeights *w) {
+    free(w->layer);
+    *w = (FvEncoderWeights){0};
 }
 
-static void add_block(FvParams *table, FvBlockWeights *w, FvRole role, const FvModelConfig *c,
-                      size_t layer) {
-    size_t d = c->dino_width, f = c->dino_mlp;
+static void add_block(FvParams *table, FvBlockWeights *w, FvRole role, const FvVit *v,
+                      const char *prefix, size_t layer) {
+    size_t d = v->width, f = v->mlp;
     const struct {
         FvWeight *weight;
         const char *name;
@@ -46,40 +47,68 @@ static void add_block(FvParams *table, FvBlockWeights *w, FvRole role, const FvM
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char name[FV_PARAM_NAME];
-        snprintf(name, sizeof name, "dino.encoder.layer.%zu.%s", layer, rows[i].name);
+        snprintf(name, sizeof name, "%sencoder.layer.%zu.%s", prefix, layer, rows[i].name);
         fv_params_add(table, rows[i].weight, role, rows[i].init, rows[i].value, name, rows[i].dims,
                       false);
     }
 }
 
-void fv_encoder_params(FvModel *m, FvParams *table) {
-    const FvModelConfig *c = &m->c;
-    FvEncoder *e = &m->encoder;
-    FvRole role = !c->vision ? FV_UNUSED : c->freeze_dino ? FV_FROZEN : FV_TRAINED;
-    e->trained = role == FV_TRAINED;
-    size_t d = c->dino_width, p = c->patch;
-    fv_params_add(table, &e->cls, role, FV_INIT_NORMAL, 0.02, "dino.embeddings.cls_token",
-                  (size_t[]){1, 1, d, 0}, false);
-    fv_params_add(table, &e->mask, FV_UNUSED, FV_INIT_CONSTANT, 0, "dino.embeddings.mask_token",
-                  (size_t[]){1, d, 0}, false);
-    fv_params_add(table, &e->pos, role, FV_INIT_NORMAL, 0.02, "dino.embeddings.position_embeddings",
-                  (size_t[]){1, fv_keys(m), d, 0}, false);
-    fv_params_add(table, &e->patch_w, role, FV_INIT_NORMAL, 0.02,
-                  "dino.embeddings.patch_embeddings.projection.weight", (size_t[]){d, 3, p, p},
-                  false);
-    fv_params_add(table, &e->patch_b, role, FV_INIT_CONSTANT, 0,
-                  "dino.embeddings.patch_embeddings.projection.bias", (size_t[]){d, 0}, false);
-    for (size_t l = 0; l < c->dino_layers; l++)
-        add_block(table, &e->layer[l], role, c, l);
-    fv_params_add(table, &e->norm_w, role, FV_INIT_CONSTANT, 1, "dino.layernorm.weight",
-                  (size_t[]){d, 0}, false);
-    fv_params_add(table, &e->norm_b, role, FV_INIT_CONSTANT, 0, "dino.layernorm.bias",
-                  (size_t[]){d, 0}, false);
+static void add(FvParams *table, FvWeight *weight, FvRole role, FvInit init, double value,
+                const char *prefix, const char *name, const size_t *dims) {
+    char whole[FV_PARAM_NAME];
+    snprintf(whole, sizeof whole, "%s%s", prefix, name);
+    fv_params_add(table, weight, role, init, value, whole, dims, false);
 }
 
-void fv_block_carve(const FvModelConfig *c, FvArena *arena, FvBlockActs *a, size_t rows,
-                    size_t probs) {
-    size_t wide = fv_mul(rows, c->dino_width), mlp = fv_mul(rows, c->dino_mlp);
+void fv_encoder_params(FvEncoderWeights *w, const FvVit *v, FvRole role, const char *prefix,
+                       FvParams *table) {
+    size_t d = v->width, p = v->patch;
+    add(table, &w->cls, role, FV_INIT_NORMAL, 0.02, prefix, "embeddings.cls_token",
+        (size_t[]){1, 1, d, 0});
+    add(table, &w->mask, FV_UNUSED, FV_INIT_CONSTANT, 0, prefix, "embeddings.mask_token",
+        (size_t[]){1, d, 0});
+    add(table, &w->pos, role, FV_INIT_NORMAL, 0.02, prefix, "embeddings.position_embeddings",
+        (size_t[]){1, fv_vit_tokens(v), d, 0});
+    add(table, &w->patch_w, role, FV_INIT_NORMAL, 0.02, prefix,
+        "embeddings.patch_embeddings.projection.weight", (size_t[]){d, 3, p, p});
+    add(table, &w->patch_b, role, FV_INIT_CONSTANT, 0, prefix,
+        "embeddings.patch_embeddings.projection.bias", (size_t[]){d, 0});
+    for (size_t l = 0; l < v->layers; l++)
+        add_block(table, &w->layer[l], role, v, prefix, l);
+    add(table, &w->norm_w, role, FV_INIT_CONSTANT, 1, prefix, "layernorm.weight", (size_t[]){d, 0});
+    add(table, &w->norm_b, role, FV_INIT_CONSTANT, 0, prefix, "layernorm.bias", (size_t[]){d, 0});
+}
+
+/* --- one use -------------------------------------------------------------------------------- */
+
+static size_t rows_of(const FvEncoder *e) {
+    return fv_mul(e->v.frames, fv_vit_tokens(&e->v));
+}
+
+/* A last layer that is read through its keys and values only: its attention output and MLP on the
+ * patches would be dead work. */
+static size_t whole_layers(const FvEncoder *e) {
+    return e->whole ? e->v.layers : e->v.layers - 1;
+}
+
+FvStatus fv_encoder_create(FvEncoder *e, FvError *err) {
+    bool ok = (e->act = calloc(e->v.layers, sizeof *e->act)) != NULL;
+    real ***tables[] = {&e->k, &e->v_of, &e->dk, &e->dv};
+    for (size_t i = 0; i < 4; i++)
+        ok = ok && (*tables[i] = calloc(e->v.layers, sizeof(real *)));
+    return ok ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory for the encoder's tables");
+}
+
+void fv_encoder_free(FvEncoder *e) {
+    free(e->act);
+    free(e->k);
+    free(e->v_of);
+    free(e->dk);
+    free(e->dv);
+}
+
+void fv_block_carve(const FvVit *v, FvArena *arena, FvBlockActs *a, size_t rows, size_t probs) {
+    size_t wide = fv_mul(rows, v->width), mlp = fv_mul(rows, v->mlp);
     a->x = fv_take(arena, wide);
     a->n1 = fv_take(arena, wide);
     a->mean1 = fv_take(arena, rows);
@@ -97,157 +126,152 @@ void fv_block_carve(const FvModelConfig *c, FvArena *arena, FvBlockActs *a, size
     a->m = fv_take(arena, wide);
 }
 
-void fv_encoder_carve(FvModel *m, FvArena *arena) {
-    const FvModelConfig *c = &m->c;
-    FvEncoder *e = &m->encoder;
-    if (!c->vision)
-        return;
-    size_t rows = fv_mul(fv_frames(m), fv_keys(m)), wide = fv_mul(rows, c->dino_width);
-    size_t probs = fv_mul4(fv_frames(m), c->dino_heads, fv_keys(m), fv_keys(m));
-    size_t patches = fv_mul(fv_frames(m), fv_patches(c));
-    e->patches = fv_take(arena, fv_mul(patches, 3 * c->patch * c->patch));
-    e->embedded = fv_take(arena, fv_mul(patches, c->dino_width));
-    for (size_t l = 0; l < c->dino_layers; l++) {
+void fv_encoder_carve(FvEncoder *e, FvArena *arena) {
+    const FvVit *v = &e->v;
+    size_t tokens = fv_vit_tokens(v), rows = rows_of(e), wide = fv_mul(rows, v->width);
+    size_t probs = fv_mul4(v->frames, v->heads, tokens, tokens);
+    size_t patches = fv_mul(v->frames, fv_vit_patches(v));
+    e->patches = fv_take(arena, fv_mul4(patches, 3, v->patch, v->patch));
+    e->embedded = fv_take(arena, fv_mul(patches, v->width));
+    for (size_t l = 0; l < v->layers; l++) {
         /* a frozen encoder keeps nothing but its keys and values: the layers share one set */
         if (e->trained || l == 0)
-            fv_block_carve(c, arena, &e->act[l], rows, probs);
+            fv_block_carve(v, arena, &e->act[l], rows, probs);
         else
             e->act[l] = e->act[0];
         e->k[l] = fv_take(arena, wide);
-        e->v[l] = fv_take(arena, wide);
+        e->v_of[l] = fv_take(arena, wide);
         if (e->trained) {
             e->dk[l] = fv_take(arena, wide);
             e->dv[l] = fv_take(arena, wide);
         }
     }
-    if (!c->deep) {
+    if (e->whole) {
         e->last = fv_take(arena, wide);
         e->features = fv_take(arena, wide);
         e->mean = fv_take(arena, rows);
         e->rstd = fv_take(arena, rows);
     }
     if (e->trained) {
-        if (!c->deep)
+        if (e->whole)
             e->dfeatures = fv_take(arena, wide);
         e->dx = fv_take(arena, wide);
         e->dn = fv_take(arena, wide);
         e->dq = fv_take(arena, wide);
         e->da = fv_take(arena, wide);
-        e->df = fv_take(arena, fv_mul(rows, c->dino_mlp));
+        e->df = fv_take(arena, fv_mul(rows, v->mlp));
     }
 }
 
-void fv_block_mlp(FvModel *m, const FvBlockWeights *w, const FvBlockActs *a, size_t rows, real *y) {
-    const FvOps *ops = m->be->ops;
-    size_t d = m->c.dino_width, f = m->c.dino_mlp;
-    ops->layernorm(m->be, rows, d, FV_LAYER_NORM_EPS, a->mid, w->norm2_w.w, w->norm2_b.w, a->n2,
+void fv_block_mlp(FvBackend *be, const FvVit *v, const FvBlockWeights *w, const FvBlockActs *a,
+                  size_t rows, real *y) {
+    const FvOps *ops = be->ops;
+    size_t d = v->width, f = v->mlp;
+    ops->layernorm(be, rows, d, FV_LAYER_NORM_EPS, a->mid, w->norm2_w.w, w->norm2_b.w, a->n2,
                    a->mean2, a->rstd2);
-    ops->linear(m->be, rows, d, f, a->n2, w->fc1_w.w, w->fc1_b.w, a->f1);
-    ops->gelu(m->be, rows * f, a->f1, a->f2);
-    ops->linear(m->be, rows, f, d, a->f2, w->fc2_w.w, w->fc2_b.w, a->m);
-    ops->residual(m->be, rows, d, a->mid, w->scale2.w, a->m, y);
+    ops->linear(be, rows, d, f, a->n2, w->fc1_w.w, w->fc1_b.w, a->f1);
+    ops->gelu(be, rows * f, a->f1, a->f2);
+    ops->linear(be, rows, f, d, a->f2, w->fc2_w.w, w->fc2_b.w, a->m);
+    ops->residual(be, rows, d, a->mid, w->scale2.w, a->m, y);
 }
 
-void fv_block_mlp_back(FvModel *m, const FvBlockWeights *w, const FvBlockActs *a, size_t rows,
-                       real *dx, real *dn, real *df) {
-    const FvOps *ops = m->be->ops;
-    size_t d = m->c.dino_width, f = m->c.dino_mlp;
-    ops->residual_back(m->be, rows, d, w->scale2.w, a->m, dx, dn, w->scale2.g);
-    ops->linear_back(m->be, rows, f, d, a->f2, w->fc2_w.w, dn, df, false, w->fc2_w.g, w->fc2_b.g);
-    ops->gelu_back(m->be, rows * f, a->f1, df, df);
-    ops->linear_back(m->be, rows, d, f, a->n2, w->fc1_w.w, df, dn, false, w->fc1_w.g, w->fc1_b.g);
-    ops->layernorm_back(m->be, rows, d, a->mid, w->norm2_w.w, a->mean2, a->rstd2, dn, dx, true,
+void fv_block_mlp_back(FvBackend *be, const FvVit *v, const FvBlockWeights *w, const FvBlockActs *a,
+                       size_t rows, real *dx, real *dn, real *df) {
+    const FvOps *ops = be->ops;
+    size_t d = v->width, f = v->mlp;
+    ops->residual_back(be, rows, d, w->scale2.w, a->m, dx, dn, w->scale2.g);
+    ops->linear_back(be, rows, f, d, a->f2, w->fc2_w.w, dn, df, false, w->fc2_w.g, w->fc2_b.g);
+    ops->gelu_back(be, rows * f, a->f1, df, df);
+    ops->linear_back(be, rows, d, f, a->n2, w->fc1_w.w, df, dn, false, w->fc1_w.g, w->fc1_b.g);
+    ops->layernorm_back(be, rows, d, a->mid, w->norm2_w.w, a->mean2, a->rstd2, dn, dx, true,
                         w->norm2_w.g, w->norm2_b.g);
 }
 
-static FvAttention patch_attention(const FvModel *m) {
-    size_t width = m->c.dino_width / m->c.dino_heads;
-    return (FvAttention){.batch = fv_frames(m),
-                         .rows = fv_keys(m),
-                         .keys = fv_keys(m),
-                         .heads = m->c.dino_heads,
-                         .kv_heads = m->c.dino_heads,
+static FvAttention patch_attention(const FvVit *v) {
+    size_t width = v->width / v->heads;
+    return (FvAttention){.batch = v->frames,
+                         .rows = fv_vit_tokens(v),
+                         .keys = fv_vit_tokens(v),
+                         .heads = v->heads,
+                         .kv_heads = v->heads,
                          .width = width,
-                         .scale = 1.0 / __builtin_sqrt((double)width)};
+                         .scale = 1.0 / sqrt((double)width)};
 }
 
-void fv_encoder_forward(FvModel *m, const uint8_t *pixels) {
-    const FvModelConfig *c = &m->c;
-    const FvOps *ops = m->be->ops;
-    FvEncoder *e = &m->encoder;
-    FvAttention shape = patch_attention(m);
-    size_t frames = fv_frames(m), patches = fv_patches(c), rows = rows_of(m), d = c->dino_width;
-    ops->patchify(m->be, frames, c->size, c->patch, pixels, e->patches);
-    ops->linear(m->be, frames * patches, 3 * c->patch * c->patch, d, e->patches, e->patch_w.w,
-                e->patch_b.w, e->embedded);
-    ops->tokens(m->be, frames, patches, d, e->embedded, e->cls.w, e->pos.w, e->act[0].x);
-    for (size_t l = 0; l < c->dino_layers; l++) {
-        const FvBlockWeights *w = &e->layer[l];
+void fv_encoder_forward(FvEncoder *e, FvBackend *be, const uint8_t *pixels) {
+    const FvVit *v = &e->v;
+    const FvOps *ops = be->ops;
+    FvAttention shape = patch_attention(v);
+    size_t patches = fv_vit_patches(v), rows = rows_of(e), d = v->width;
+    ops->patchify(be, v->frames, v->size, v->patch, pixels, e->patches);
+    ops->linear(be, v->frames * patches, 3 * v->patch * v->patch, d, e->patches, e->w->patch_w.w,
+                e->w->patch_b.w, e->embedded);
+    ops->tokens(be, v->frames, patches, d, e->embedded, e->w->cls.w, e->pos.w, e->act[0].x);
+    for (size_t l = 0; l < v->layers; l++) {
+        const FvBlockWeights *w = &e->w->layer[l];
         const FvBlockActs *a = &e->act[l];
-        ops->layernorm(m->be, rows, d, FV_LAYER_NORM_EPS, a->x, w->norm1_w.w, w->norm1_b.w, a->n1,
+        ops->layernorm(be, rows, d, FV_LAYER_NORM_EPS, a->x, w->norm1_w.w, w->norm1_b.w, a->n1,
                        a->mean1, a->rstd1);
-        ops->linear(m->be, rows, d, d, a->n1, w->k_w.w, w->k_b.w, e->k[l]);
-        ops->linear(m->be, rows, d, d, a->n1, w->v_w.w, w->v_b.w, e->v[l]);
-        if (l >= whole_layers(m))
+        ops->linear(be, rows, d, d, a->n1, w->k_w.w, w->k_b.w, e->k[l]);
+        ops->linear(be, rows, d, d, a->n1, w->v_w.w, w->v_b.w, e->v_of[l]);
+        if (l >= whole_layers(e))
             break;
-        ops->linear(m->be, rows, d, d, a->n1, w->q_w.w, w->q_b.w, a->q);
-        ops->attention(m->be, &shape, a->q, e->k[l], e->v[l], a->probs, a->att);
-        ops->linear(m->be, rows, d, d, a->att, w->o_w.w, w->o_b.w, a->o);
-        ops->residual(m->be, rows, d, a->x, w->scale1.w, a->o, a->mid);
-        fv_block_mlp(m, w, a, rows, l + 1 < c->dino_layers ? e->act[l + 1].x : e->last);
+        ops->linear(be, rows, d, d, a->n1, w->q_w.w, w->q_b.w, a->q);
+        ops->attention(be, &shape, a->q, e->k[l], e->v_of[l], a->probs, a->att);
+        ops->linear(be, rows, d, d, a->att, w->o_w.w, w->o_b.w, a->o);
+        ops->residual(be, rows, d, a->x, w->scale1.w, a->o, a->mid);
+        fv_block_mlp(be, v, w, a, rows, l + 1 < v->layers ? e->act[l + 1].x : e->last);
     }
-    if (!c->deep)
-        ops->layernorm(m->be, rows, d, FV_LAYER_NORM_EPS, e->last, e->norm_w.w, e->norm_b.w,
+    if (e->whole)
+        ops->layernorm(be, rows, d, FV_LAYER_NORM_EPS, e->last, e->w->norm_w.w, e->w->norm_b.w,
                        e->features, e->mean, e->rstd);
     if (e->trained) {
-        for (size_t l = 0; l < c->dino_layers; l++) {
-            ops->zero(m->be, e->dk[l], rows * d * sizeof(real));
-            ops->zero(m->be, e->dv[l], rows * d * sizeof(real));
+        for (size_t l = 0; l < v->layers; l++) {
+            ops->zero(be, e->dk[l], rows * d * sizeof(real));
+            ops->zero(be, e->dv[l], rows * d * sizeof(real));
         }
-        if (!c->deep)
-            ops->zero(m->be, e->dfeatures, rows * d * sizeof(real));
+        if (e->whole)
+            ops->zero(be, e->dfeatures, rows * d * sizeof(real));
     }
 }
 
 /* Through one block's attention: dx is the gradient of `mid` on entry and of x on return. */
-static void attention_back(FvModel *m, size_t l) {
-    const FvOps *ops = m->be->ops;
-    FvEncoder *e = &m->encoder;
-    const FvBlockWeights *w = &e->layer[l];
+static void attention_back(FvEncoder *e, FvBackend *be, size_t l) {
+    const FvOps *ops = be->ops;
+    const FvBlockWeights *w = &e->w->layer[l];
     const FvBlockActs *a = &e->act[l];
-    FvAttention shape = patch_attention(m);
-    size_t rows = rows_of(m), d = m->c.dino_width;
-    ops->residual_back(m->be, rows, d, w->scale1.w, a->o, e->dx, e->da, w->scale1.g);
-    ops->linear_back(m->be, rows, d, d, a->att, w->o_w.w, e->da, e->dn, false, w->o_w.g, w->o_b.g);
-    ops->attention_back(m->be, &shape, a->q, e->k[l], e->v[l], a->probs, e->dn, e->dq, e->dk[l],
+    FvAttention shape = patch_attention(&e->v);
+    size_t rows = rows_of(e), d = e->v.width;
+    ops->residual_back(be, rows, d, w->scale1.w, a->o, e->dx, e->da, w->scale1.g);
+    ops->linear_back(be, rows, d, d, a->att, w->o_w.w, e->da, e->dn, false, w->o_w.g, w->o_b.g);
+    ops->attention_back(be, &shape, a->q, e->k[l], e->v_of[l], a->probs, e->dn, e->dq, e->dk[l],
                         e->dv[l]);
-    ops->linear_back(m->be, rows, d, d, a->n1, w->q_w.w, e->dq, e->dn, false, w->q_w.g, w->q_b.g);
+    ops->linear_back(be, rows, d, d, a->n1, w->q_w.w, e->dq, e->dn, false, w->q_w.g, w->q_b.g);
 }
 
-void fv_encoder_backward(FvModel *m) {
-    const FvModelConfig *c = &m->c;
-    const FvOps *ops = m->be->ops;
-    FvEncoder *e = &m->encoder;
-    size_t frames = fv_frames(m), patches = fv_patches(c), rows = rows_of(m), d = c->dino_width;
-    if (!c->deep)
-        ops->layernorm_back(m->be, rows, d, e->last, e->norm_w.w, e->mean, e->rstd, e->dfeatures,
-                            e->dx, false, e->norm_w.g, e->norm_b.g);
-    for (size_t l = c->dino_layers; l-- > 0;) {
-        const FvBlockWeights *w = &e->layer[l];
+void fv_encoder_backward(FvEncoder *e, FvBackend *be) {
+    const FvVit *v = &e->v;
+    const FvOps *ops = be->ops;
+    size_t patches = fv_vit_patches(v), rows = rows_of(e), d = v->width;
+    if (e->whole)
+        ops->layernorm_back(be, rows, d, e->last, e->w->norm_w.w, e->mean, e->rstd, e->dfeatures,
+                            e->dx, false, e->w->norm_w.g, e->w->norm_b.g);
+    for (size_t l = v->layers; l-- > 0;) {
+        const FvBlockWeights *w = &e->w->layer[l];
         const FvBlockActs *a = &e->act[l];
-        bool whole = l < whole_layers(m);
+        bool whole = l < whole_layers(e);
         if (whole) {
-            fv_block_mlp_back(m, w, a, rows, e->dx, e->dn, e->df);
-            attention_back(m, l);
+            fv_block_mlp_back(be, v, w, a, rows, e->dx, e->dn, e->df);
+            attention_back(e, be, l);
         }
-        ops->linear_back(m->be, rows, d, d, a->n1, w->k_w.w, e->dk[l], e->dn, whole, w->k_w.g,
+        ops->linear_back(be, rows, d, d, a->n1, w->k_w.w, e->dk[l], e->dn, whole, w->k_w.g,
                          w->k_b.g);
-        ops->linear_back(m->be, rows, d, d, a->n1, w->v_w.w, e->dv[l], e->dn, true, w->v_w.g,
+        ops->linear_back(be, rows, d, d, a->n1, w->v_w.w, e->dv[l], e->dn, true, w->v_w.g,
                          w->v_b.g);
-        ops->layernorm_back(m->be, rows, d, a->x, w->norm1_w.w, a->mean1, a->rstd1, e->dn, e->dx,
+        ops->layernorm_back(be, rows, d, a->x, w->norm1_w.w, a->mean1, a->rstd1, e->dn, e->dx,
                             whole, w->norm1_w.g, w->norm1_b.g);
     }
-    ops->tokens_back(m->be, frames, patches, d, e->dx, e->dn, e->cls.g, e->pos.g);
-    ops->linear_back(m->be, frames * patches, 3 * c->patch * c->patch, d, e->patches, e->patch_w.w,
-                     e->dn, NULL, false, e->patch_w.g, e->patch_b.g);
+    ops->tokens_back(be, v->frames, patches, d, e->dx, e->dn, e->w->cls.g, e->pos.g);
+    ops->linear_back(be, v->frames * patches, 3 * v->patch * v->patch, d, e->patches,
+                     e->w->patch_w.w, e->dn, NULL, false, e->w->patch_w.g, e->w->patch_b.g);
 }

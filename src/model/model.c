@@ -19,8 +19,9 @@ static void declare_params(FvModel *m, FvParams *table) {
     size_t d = c->dino_width, w = c->lm_width, q = c->query_width;
     FvRole visual = c->vision ? FV_TRAINED : FV_UNUSED;
     FvRole chosen = c->vision && c->frames > 1 ? FV_TRAINED : FV_UNUSED;
+    FvRole encoder = c->vision && c->freeze_dino ? FV_FROZEN : visual;
     double in = 1.0 / sqrt((double)d), out = 1.0 / sqrt((double)w);
-    fv_encoder_params(m, table);
+    fv_encoder_params(&m->encoder_weights, &m->encoder.v, encoder, "dino.", table);
     fv_lm_params(m, table);
     fv_params_add(table, &m->no_text, c->captions ? FV_UNUSED : FV_TRAINED, FV_INIT_NORMAL, 0.14,
                   "no_text", (size_t[]){w, 0}, false);
@@ -79,7 +80,8 @@ static void carve(FvModel *m, FvArena *arena) {
         .initial = take_rows(arena, c->clips),
         .tokens = take_rows(arena, text),
     };
-    fv_encoder_carve(m, arena);
+    if (c->vision)
+        fv_encoder_carve(&m->encoder, arena);
     fv_query_carve(m, arena);
     fv_lm_carve(m, arena);
     fv_head_carve(m, arena);
@@ -100,13 +102,9 @@ static void carve(FvModel *m, FvArena *arena) {
 /* The arrays with one entry per layer; pointers into the arena are filled by carve(). */
 static FvStatus create_layers(FvModel *m, FvError *err) {
     size_t dino = m->c.dino_layers, lm = m->c.lm_layers;
-    FvEncoder *e = &m->encoder;
-    bool ok = (e->layer = calloc(dino, sizeof *e->layer)) != NULL;
-    ok = ok && (e->act = calloc(dino, sizeof *e->act));
-    real ***dino_tables[] = {&e->k, &e->v, &e->dk, &e->dv};
-    for (size_t i = 0; i < 4; i++)
-        ok = ok && (*dino_tables[i] = calloc(dino, sizeof(real *)));
-    ok = ok && (m->lm.layer = calloc(lm, sizeof *m->lm.layer));
+    FV_TRY(fv_encoder_weights_create(&m->encoder_weights, dino, err));
+    FV_TRY(fv_encoder_create(&m->encoder, err));
+    bool ok = (m->lm.layer = calloc(lm, sizeof *m->lm.layer)) != NULL;
     ok = ok && (m->lm.text.act = calloc(lm, sizeof *m->lm.text.act));
     ok = ok && (m->lm.text.dk = calloc(lm, sizeof(real *)));
     ok = ok && (m->lm.text.dv = calloc(lm, sizeof(real *)));
@@ -118,13 +116,8 @@ static FvStatus create_layers(FvModel *m, FvError *err) {
 }
 
 static void free_layers(FvModel *m) {
-    FvEncoder *e = &m->encoder;
-    free(e->layer);
-    free(e->act);
-    free(e->k);
-    free(e->v);
-    free(e->dk);
-    free(e->dv);
+    fv_encoder_weights_free(&m->encoder_weights);
+    fv_encoder_free(&m->encoder);
     free(m->lm.layer);
     free(m->lm.text.act);
     free(m->lm.text.dk);
@@ -135,6 +128,16 @@ static void free_layers(FvModel *m) {
     }
 }
 
+static FvVit vit_of(const FvModelConfig *c) {
+    return (FvVit){.frames = fv_mul(c->clips, c->frames),
+                   .size = c->size,
+                   .patch = c->patch,
+                   .width = c->dino_width,
+                   .heads = c->dino_heads,
+                   .layers = c->dino_layers,
+                   .mlp = c->dino_mlp};
+}
+
 /* Tables and sizes, no tensor memory yet. */
 static FvStatus prepare(const FvModelConfig *config, FvModel **out, FvModelMemory *memory,
                         FvError *err) {
@@ -143,6 +146,10 @@ static FvStatus prepare(const FvModelConfig *config, FvModel **out, FvModelMemor
     if (!m)
         return FV_FAIL(err, FV_DEVICE, "out of memory for a model");
     m->c = *config;
+    m->encoder = (FvEncoder){.v = vit_of(config),
+                             .w = &m->encoder_weights,
+                             .trained = config->vision && !config->freeze_dino,
+                             .whole = !config->deep};
     FvStatus status = create_layers(m, err);
     if (status != FV_OK) {
         fv_model_destroy(m);
@@ -233,6 +240,7 @@ FvStatus fv_model_create(const FvModelConfig *config, FvBackend *be, FvModel **o
     real *g = m->block_train;
     size_t n = m->params.trained_memory;
     fv_params_bind(&m->params, m->block_weights, g, g + n, g + 2 * n);
+    m->encoder.pos = m->encoder_weights.pos;
     FvArena arena = {.base = m->block_acts};
     carve(m, &arena);
     upload_indices(m);
@@ -297,7 +305,7 @@ static void embed_text(FvModel *m) {
 
 void fv_model_encode(FvModel *m) {
     if (m->c.vision)
-        fv_encoder_forward(m, m->pixels);
+        fv_encoder_forward(&m->encoder, m->be, m->pixels);
     embed_text(m);
     fv_lm_text(m);
     fv_head_prepare(m);
@@ -523,7 +531,7 @@ void fv_model_backward(FvModel *m) {
         ops->copy_rows(m->be, text, w, m->lm.dx, NULL, m->lm.embed.g, m->rows.tokens, true);
     fv_head_finish_backward(m);
     if (m->encoder.trained)
-        fv_encoder_backward(m);
+        fv_encoder_backward(&m->encoder, m->be);
 }
 
 void fv_model_norm(FvModel *m) {

@@ -4,49 +4,8 @@
 #ifndef FV_MODEL_PARTS_H
 #define FV_MODEL_PARTS_H
 
-#include "base/memory.h"
+#include "model/encoder.h"
 #include "model/model.h"
-
-#define FV_LAYER_NORM_EPS 1e-6 /* DINOv2's config.json */
-
-/* --- encoder.c ------------------------------------------------------------------------------ */
-
-typedef struct FvBlockWeights { /* one pre-norm ViT block with LayerScale */
-    FvWeight norm1_w, norm1_b, q_w, q_b, k_w, k_b, v_w, v_b, o_w, o_b, scale1;
-    FvWeight norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b, scale2;
-} FvBlockWeights;
-
-/* What one block keeps of `rows` tokens for its backward pass. x is the block's input; out is the
- * next block's x. k, v and probs as the kind of attention needs them. */
-typedef struct FvBlockActs {
-    real *x, *n1, *mean1, *rstd1, *q, *probs, *att, *o, *mid, *n2, *mean2, *rstd2, *f1, *f2, *m;
-} FvBlockActs;
-
-typedef struct FvEncoder {
-    FvWeight cls, mask, pos, patch_w, patch_b, norm_w, norm_b;
-    FvBlockWeights *layer; /* [dino_layers] */
-    FvBlockActs *act;      /* [dino_layers]; entries share memory where nothing is differentiated */
-    real **k, **v, **dk, **dv;           /* [dino_layers] of [F, N + 1, D]; dk, dv when trained */
-    real *patches, *embedded;            /* [F * N, 3 P P], [F * N, D] */
-    real *last, *features, *mean, *rstd; /* shallow: x after the last block, LN_f of it */
-    real *dfeatures;
-    real *dx, *dn, *dq, *da, *df; /* scratch of the backward pass */
-    bool trained;
-} FvEncoder;
-
-void fv_encoder_params(FvModel *, FvParams *);
-void fv_encoder_carve(FvModel *, FvArena *);
-void fv_encoder_forward(FvModel *, const uint8_t *pixels);
-/* Starts from dk, dv (deep) or dfeatures (shallow), which the query passes have accumulated. */
-void fv_encoder_backward(FvModel *);
-
-void fv_block_carve(const FvModelConfig *, FvArena *, FvBlockActs *, size_t rows, size_t probs);
-/* The second half of a block: y = mid + scale2 * MLP(LN2 mid). */
-void fv_block_mlp(FvModel *, const FvBlockWeights *, const FvBlockActs *, size_t rows, real *y);
-/* dx holds the gradient of y on entry and of mid on return; df [rows, mlp], dn [rows, D] scratch.
- */
-void fv_block_mlp_back(FvModel *, const FvBlockWeights *, const FvBlockActs *, size_t rows,
-                       real *dx, real *dn, real *df);
 
 /* --- query.c -------------------------------------------------------------------------------- */
 
@@ -161,6 +120,7 @@ struct FvModel {
     FvModelConfig c;
     FvBackend *be;
     FvParams params;
+    FvEncoderWeights encoder_weights;
     FvEncoder encoder;
     FvQueryPart query;
     FvLm lm;

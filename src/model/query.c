@@ -30,7 +30,8 @@ static void carve_pass(FvModel *m, FvArena *arena, FvQueryPass *p) {
         return;
     }
     for (size_t l = 0; l < c->dino_layers; l++)
-        fv_block_carve(c, arena, &p->act[l], frames, fv_mul3(frames, c->dino_heads, fv_keys(m)));
+        fv_block_carve(&m->encoder.v, arena, &p->act[l], frames,
+                       fv_mul3(frames, c->dino_heads, fv_keys(m)));
     p->q0 = p->act[0].x;
     p->probs = p->act[c->dino_layers - 1].probs;
     p->last = fv_take(arena, wide);
@@ -74,18 +75,18 @@ static void deep_forward(FvModel *m, FvQueryPass *p) {
     FvQuery shape = query_shape(m);
     size_t frames = fv_frames(m), d = m->c.dino_width, layers = m->c.dino_layers;
     for (size_t l = 0; l < layers; l++) {
-        const FvBlockWeights *w = &e->layer[l];
+        const FvBlockWeights *w = &e->w->layer[l];
         const FvBlockActs *a = &p->act[l];
         ops->layernorm(m->be, frames, d, FV_LAYER_NORM_EPS, a->x, w->norm1_w.w, w->norm1_b.w, a->n1,
                        a->mean1, a->rstd1);
         ops->linear(m->be, frames, d, d, a->n1, w->q_w.w, w->q_b.w, a->q);
-        ops->query(m->be, &shape, a->q, e->k[l], e->v[l], a->probs, a->att);
+        ops->query(m->be, &shape, a->q, e->k[l], e->v_of[l], a->probs, a->att);
         ops->linear(m->be, frames, d, d, a->att, w->o_w.w, w->o_b.w, a->o);
         ops->residual(m->be, frames, d, a->x, w->scale1.w, a->o, a->mid);
-        fv_block_mlp(m, w, a, frames, l + 1 < layers ? p->act[l + 1].x : p->last);
+        fv_block_mlp(m->be, &e->v, w, a, frames, l + 1 < layers ? p->act[l + 1].x : p->last);
     }
-    ops->layernorm(m->be, frames, d, FV_LAYER_NORM_EPS, p->last, e->norm_w.w, e->norm_b.w, p->norm,
-                   p->mean, p->rstd);
+    ops->layernorm(m->be, frames, d, FV_LAYER_NORM_EPS, p->last, e->w->norm_w.w, e->w->norm_b.w,
+                   p->norm, p->mean, p->rstd);
 }
 
 void fv_query_forward(FvModel *m, FvPass pass) {
@@ -112,13 +113,13 @@ static void deep_backward(FvModel *m, FvQueryPass *p, const real *dprobs) {
     FvQuery shape = query_shape(m);
     size_t frames = fv_frames(m), d = m->c.dino_width, layers = m->c.dino_layers;
     for (size_t l = layers; l-- > 0;) {
-        const FvBlockWeights *w = &e->layer[l];
+        const FvBlockWeights *w = &e->w->layer[l];
         const FvBlockActs *a = &p->act[l];
-        fv_block_mlp_back(m, w, a, frames, q->dx, q->dn, q->df);
+        fv_block_mlp_back(m->be, &e->v, w, a, frames, q->dx, q->dn, q->df);
         ops->residual_back(m->be, frames, d, w->scale1.w, a->o, q->dx, q->da, w->scale1.g);
         ops->linear_back(m->be, frames, d, d, a->att, w->o_w.w, q->da, q->dn, false, w->o_w.g,
                          w->o_b.g);
-        ops->query_back(m->be, &shape, a->q, e->k[l], e->v[l], a->probs, q->dn,
+        ops->query_back(m->be, &shape, a->q, e->k[l], e->v_of[l], a->probs, q->dn,
                         l + 1 == layers ? dprobs : NULL, q->dq, e->dk[l], e->dv[l]);
         ops->linear_back(m->be, frames, d, d, a->n1, w->q_w.w, q->dq, q->dn, false, w->q_w.g,
                          w->q_b.g);
@@ -136,8 +137,8 @@ void fv_query_backward(FvModel *m, FvPass pass, const real *dprobs) {
     if (m->c.deep) {
         ops->linear_back(m->be, frames, d, d, p->norm, q->out_w.w, q->dz, q->dn, false, q->out_w.g,
                          q->out_b.g);
-        ops->layernorm_back(m->be, frames, d, p->last, e->norm_w.w, p->mean, p->rstd, q->dn, q->dx,
-                            false, e->norm_w.g, e->norm_b.g);
+        ops->layernorm_back(m->be, frames, d, p->last, e->w->norm_w.w, p->mean, p->rstd, q->dn,
+                            q->dx, false, e->w->norm_w.g, e->w->norm_b.g);
         deep_backward(m, p, dprobs);
     } else {
         FvQuery shape = query_shape(m);
