@@ -173,6 +173,23 @@ typedef struct FvOps {
                           const double *coarse, double margin, double weight, double *hinge,
                           double *dfine, double *dcoarse);
 
+    /* --- self-distillation ------------------------------------------------------------------ */
+    /* y = x / max(|x|, 1e-12) per row; keeps norm [rows]. back: dx = or += */
+    void (*normalize)(FvBackend *, size_t rows, size_t width, const real *x, real *y, real *norm);
+    void (*normalize_back)(FvBackend *, size_t rows, size_t width, const real *y, const real *norm,
+                           const real *dy, real *dx, bool add);
+    /* p = softmax((x - centre) / temperature) per row; centre [width] or NULL */
+    void (*softmax)(FvBackend *, size_t rows, size_t width, double temperature, const real *x,
+                    const real *centre, real *p);
+    /* loss[r] = -target . log p, p = softmax(x / temperature), which is kept; a row of target may
+     * have any sum. back: dx = scale * d loss[r] */
+    void (*cross_entropy)(FvBackend *, size_t rows, size_t width, double temperature, const real *x,
+                          const real *target, real *p, double *loss);
+    void (*cross_entropy_back)(FvBackend *, size_t rows, size_t width, double temperature,
+                               double scale, const real *p, const real *target, real *dx);
+    /* y += share * (x - y) */
+    void (*approach)(FvBackend *, size_t n, double share, const real *x, real *y);
+
     /* --- optimizer -------------------------------------------------------------------------- */
     /* *norm = square root of the sum of squares, in double */
     void (*norm)(FvBackend *, size_t n, const real *x, double *norm);

@@ -199,6 +199,18 @@ void fv_cpu_entropy_hinge(FvBackend *, size_t clips, size_t frames, const double
                           const double *coarse, double margin, double weight, double *hinge,
                           double *dfine, double *dcoarse);
 
+/* cpu_distill.c */
+void fv_cpu_normalize(FvBackend *, size_t rows, size_t width, const real *x, real *y, real *norm);
+void fv_cpu_normalize_back(FvBackend *, size_t rows, size_t width, const real *y, const real *norm,
+                           const real *dy, real *dx, bool add);
+void fv_cpu_softmax(FvBackend *, size_t rows, size_t width, double temperature, const real *x,
+                    const real *centre, real *p);
+void fv_cpu_cross_entropy(FvBackend *, size_t rows, size_t width, double temperature, const real *x,
+                          const real *target, real *p, double *loss);
+void fv_cpu_cross_entropy_back(FvBackend *, size_t rows, size_t width, double temperature,
+                               double scale, const real *p, const real *target, real *dx);
+void fv_cpu_approach(FvBackend *, size_t n, double share, const real *x, real *y);
+
 /* cpu_optimizer.c */
 void fv_cpu_norm(FvBackend *, size_t n, const real *x, double *norm);
 void fv_cpu_adamw(FvBackend *, const FvAdamW *, size_t n, const double *norm, const real *g,
