@@ -24,7 +24,7 @@ export CC WERROR
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all run test tests bench soak info help clean sanitize FORCE \
+.PHONY: all run test tests bench soak info help clean sanitize fuzz fuzz-build FORCE \
         format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
@@ -44,7 +44,11 @@ PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% 
 TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
-C_FILES := $(SOURCES) $(wildcard src/*/*.h tests/unit/*.[ch])
+C_FILES := $(SOURCES) $(wildcard src/*/*.h tests/unit/*.[ch] tests/fuzz/*.[ch])
+FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
+# The readers that are fuzzed, and what they call.
+FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c \
+                       src/run/config.c src/run/study%,$(PARTS))
 
 CPPFLAGS += -D_GNU_SOURCE -Isrc -I$(B) $(if $(FFMPEG_FOUND),-DFV_FFMPEG) $(MPI_CFLAGS) \
             $(HDF5_CFLAGS) $(OPENBLAS_CFLAGS) $(YAML_CFLAGS) $(JANSSON_CFLAGS) $(XXHASH_CFLAGS) \
@@ -76,6 +80,18 @@ $(eval $(call VARIANT,f32,$(PARTS:%.c=$(B)/f32/%.o)))
 $(eval $(call VARIANT,f64,$(PARTS_F64:%.c=$(B)/f64/%.o)))
 $(eval $(call VARIANT,san,$(PARTS:%.c=$(B)/san/%.o)))
 
+# Of the archive a target links what it needs.
+FUZZ_FLAGS := -std=c11 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all
+$(B)/fuzz/%.o: %.c $(B)/config.mk
+	@mkdir -p $(@D)
+	$(or $(CLANG),clang) $(FUZZ_FLAGS) $(WARNINGS) -fsanitize=fuzzer-no-link,address,undefined \
+	    $(CPPFLAGS) -MMD -MP -c $< -o $@
+$(B)/fuzz/parts.a: $(FUZZ_PARTS:%.c=$(B)/fuzz/%.o)
+	rm -f $@ && ar crs $@ $^
+$(B)/fuzz/fuzz_%: $(B)/fuzz/tests/fuzz/fuzz_%.o $(B)/fuzz/parts.a
+	$(or $(CLANG),clang) $(FUZZ_FLAGS) -fsanitize=fuzzer,address,undefined $^ -Wl,--as-needed \
+	    $(YAML_LIBS) $(JANSSON_LIBS) $(XXHASH_LIBS) -lm -o $@
+
 $(B)/revision.h: FORCE
 	@mkdir -p $(@D)
 	@printf '#define FV_REVISION "%s"\n' "$$(git describe --always --dirty --tags 2>/dev/null || \
@@ -97,8 +113,9 @@ bench: all $(B)/f32/bench_ops
 	$(B)/f32/bench_ops
 	$(or $(PYTHON),python3) tests/bench
 
-soak: all
+soak: all fuzz-build
 	tests/soak
+	tests/fuzz/run $$(($(or $(SECONDS),3600) / $(words $(FUZZERS))))
 
 # --- tests ---------------------------------------------------------------------------------------
 test:
@@ -110,10 +127,15 @@ F32_TESTS := $(TESTS:tests/unit/%.c=$(B)/f32/%)
 F64_TESTS := $(TESTS_F64:tests/unit/%.c=$(B)/f64/%)
 # test_step_memory.c counts allocations in a way that the sanitizers' allocator does not allow.
 SAN_TESTS := $(filter-out %/test_step_memory,$(TESTS:tests/unit/%.c=$(B)/san/%))
-tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS)
+tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(FUZZERS)
 
 sanitize: $(SAN_TESTS)
 	@tests/run sanitize
+
+fuzz-build: $(FUZZERS)
+
+fuzz: fuzz-build
+	@tests/fuzz/run $(or $(SECONDS),20)
 
 lint: lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
@@ -153,8 +175,9 @@ help:
 	@echo "make test       the whole test suite; tests/run NAME... runs some of it"
 	@echo "make info       what was found, what was not and what that turns off"
 	@echo "make bench      speed: every operation, steps per second, the whole study"
-	@echo "make soak       long runs that are killed and started again"
+	@echo "make soak       long runs that are killed and started again; an hour of fuzzing"
 	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"
 	@echo "make format     clang-format in place"
 	@echo "make sanitize   unit tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz       readers of files on changed inputs (libFuzzer); SECONDS=20 for each"
 	@echo "make clean      remove what was built"

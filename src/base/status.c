@@ -13,6 +13,10 @@ FvStatus fv_fail_at(FvError *err, FvStatus status, const char *file, int line, c
         va_start(args, format);
         vsnprintf(err->text, sizeof err->text, format, args);
         va_end(args);
+        /* names out of files may hold anything: one line, and nothing that a terminal obeys */
+        for (char *c = err->text; *c; c++)
+            if ((unsigned char)*c < ' ' || *c == 0x7f)
+                *c = '?';
     }
     return status;
 }

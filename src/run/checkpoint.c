@@ -163,7 +163,7 @@ FvStatus fv_checkpoint_save(FvCheckpointer *c, const FvHistory *history, uint64_
     FV_TRY(fv_tensors_write(path, c->tensors, count, meta, sizeof meta / sizeof *meta, err));
     *bytes = 0;
     for (size_t i = 0; i < count; i++)
-        *bytes += c->tensors[i].count * fv_type_size(c->tensors[i].type);
+        *bytes += fv_tensor_bytes(&c->tensors[i]);
     return remove_old(c, err);
 }
 
@@ -179,16 +179,6 @@ static bool same_shape(const FvTensor *a, const FvTensor *b) {
     return a->rank == b->rank && memcmp(a->shape, b->shape, a->rank * sizeof *a->shape) == 0;
 }
 
-static void read_values(const FvTensor *t, real *out) {
-    double piece[512];
-    for (size_t i = 0; i < t->count; i += 512) {
-        size_t n = t->count - i < 512 ? t->count - i : 512;
-        fv_tensor_read(t, i, n, piece);
-        for (size_t j = 0; j < n; j++)
-            out[i + j] = (real)piece[j];
-    }
-}
-
 static FvStatus read_state(FvCheckpointer *c, const FvTensorFile *file, const char *path,
                            FvHistory *history, FvError *err) {
     const char *study = fv_tensors_metadata(file, "study");
@@ -200,7 +190,9 @@ static FvStatus read_state(FvCheckpointer *c, const FvTensorFile *file, const ch
         if (!t || !same_shape(t, &c->tensors[i]))
             return FV_FAIL(err, FV_DATA, "%s: %s is missing or has another shape", path,
                            c->tensors[i].name);
-        read_values(t, c->state + ((const real *)c->tensors[i].data - c->state));
+        FV_TRY(fv_tensors_readable(file, t, err));
+        fv_tensor_read_real(t, 0, t->count,
+                            c->state + ((const real *)c->tensors[i].data - c->state));
     }
     FV_TRY(fv_history_read(history, file, err));
     return exchange_all(c, false, err);
@@ -260,10 +252,11 @@ static FvStatus set_params(const FvTensorFile *file, const char *path, FvModel *
                            "%s: %s has another shape than the model's (fovea info STUDY lists "
                            "them)",
                            path, p->name);
+        FV_TRY(fv_tensors_readable(file, t, err));
         real *values = malloc(fv_mul(p->count, sizeof *values));
         if (!values)
             return FV_FAIL(err, FV_DEVICE, "out of memory for %s", p->name);
-        read_values(t, values);
+        fv_tensor_read_real(t, 0, t->count, values);
         FvStatus status = fv_params_set(params, be, p, FV_BLOCK_W, values, err);
         free(values);
         FV_TRY(status);

@@ -139,7 +139,7 @@ FvStatus fv_history_read(FvHistory *h, const FvTensorFile *f, FvError *err) {
     for (size_t i = 0; i < count; i++) {
         const FvTensor *t = fv_tensors_find(f, wanted[i].name);
         memmove((char *)h->block + ((const char *)wanted[i].data - (const char *)h->block), t->data,
-                t->count * fv_type_size(t->type));
+                fv_tensor_bytes(t));
     }
     *h = fresh;
     return FV_OK;

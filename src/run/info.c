@@ -17,12 +17,25 @@ static void print_shape(size_t rank, const size_t *shape) {
 }
 
 static void print_file(const FvTensorFile *file) {
+    size_t parameters = 0, bytes = 0;
+    char name[FV_TEXT];
     for (size_t i = 0; i < fv_tensors_count(file); i++) {
         const FvTensor *t = fv_tensors_at(file, i);
-        printf("%-64s %-5s ", t->name, fv_type_name(t->type));
+        printf("%-64s %-7s ", fv_shown(t->name, name, sizeof name), fv_type_name(t->type));
         print_shape(t->rank, t->shape);
         putchar('\n');
+        parameters += t->count;
+        bytes += fv_tensor_bytes(t);
     }
+    printf("%zu parameters in %zu tensors, %zu bytes\n", parameters, fv_tensors_count(file), bytes);
+}
+
+static FvStatus info_file(const char *path, FvError *err) {
+    FvTensorFile *file;
+    FV_TRY(fv_tensors_open(path, &file, err));
+    print_file(file);
+    fv_tensors_close(file);
+    return FV_OK;
 }
 
 static bool fits(const FvTensor *t, const FvParam *p) {
@@ -73,6 +86,11 @@ static FvStatus info_study(const char *path, const char *weights, const char *co
     return status;
 }
 
+static bool named_as_study(const char *path) {
+    const char *dot = strrchr(path, '.');
+    return dot && (strcmp(dot, ".yaml") == 0 || strcmp(dot, ".yml") == 0);
+}
+
 FvStatus fv_info(int argc, char **argv, FvError *err) {
     const char *files[2] = {NULL, NULL};
     const char **overrides = calloc((size_t)argc + 1, sizeof *overrides);
@@ -88,20 +106,23 @@ FvStatus fv_info(int argc, char **argv, FvError *err) {
             named = 3;
     }
     FvStatus status;
-    size_t length = files[0] ? strlen(files[0]) : 0;
     if (named < 1 || named > 2) {
         status = FV_FAIL(err, FV_USAGE,
                          "usage: fovea info STUDY.yaml [FILE.safetensors] [key=value ...], or "
                          "fovea info FILE.safetensors");
-    } else if (length > 12 && strcmp(files[0] + length - 12, ".safetensors") == 0) {
-        FvTensorFile *file;
-        status = fv_tensors_open(files[0], &file, err);
-        if (status == FV_OK) {
-            print_file(file);
-            fv_tensors_close(file);
-        }
+    } else if (fv_tensors_recognise(files[0])) {
+        status = named == 1 && count == 0
+                     ? info_file(files[0], err)
+                     : FV_FAIL(err, FV_USAGE,
+                               "%s: is a safetensors file; a study comes before it: "
+                               "fovea info STUDY.yaml %s",
+                               files[0], files[0]);
     } else {
         status = info_study(files[0], files[1], overrides, count, err);
+        if (status == FV_USAGE && named == 1 && !named_as_study(files[0])) {
+            FvError why = *err;
+            status = FV_FAIL(err, FV_USAGE, "no safetensors file, and no study: %s", why.text);
+        }
     }
     free(overrides);
     return status;

@@ -4,7 +4,8 @@
 
 #include "base/status.h"
 
-/* info STUDY.yaml [FILE] [key=value ...] or info FILE.safetensors; argv[0] is "info". */
+/* info STUDY.yaml [FILE] [key=value ...], or info FILE, a safetensors file or an index of shards by
+ * name or content; argv[0] is "info". */
 FvStatus fv_info(int argc, char **argv, FvError *err);
 
 #endif

@@ -3,122 +3,94 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <jansson.h>
-#include <math.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "base/memory.h"
-#include "run/files.h"
+#include "run/safetensors_parts.h"
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors are stored little-endian");
+/* --- one file ------------------------------------------------------------------------------- */
 
-enum { LENGTH_BYTES = 8, MAX_HEADER = 100 * 1000 * 1000, CHECKSUM_DIGITS = 16 };
-
-/* The writer's headers start so: the digits stand at a fixed place. */
-static const char checksum_start[] = "{\"__metadata__\":{\"checksum\":\"";
-
-static const struct {
-    const char *name;
-    size_t size;
-} types[FV_TYPES] = {
-    [FV_F64] = {"F64", 8}, [FV_F32] = {"F32", 4}, [FV_F16] = {"F16", 2}, [FV_BF16] = {"BF16", 2},
-    [FV_I64] = {"I64", 8}, [FV_I32] = {"I32", 4}, [FV_U8] = {"U8", 1},
-};
-
-size_t fv_type_size(FvType type) {
-    return types[type].size;
-}
-
-const char *fv_type_name(FvType type) {
-    return types[type].name;
-}
-
-static size_t tensor_bytes(const FvTensor *t) {
-    return fv_mul(t->count, types[t->type].size);
-}
-
-/* --- reading -------------------------------------------------------------------------------- */
-
-struct FvTensorFile {
-    char *path;
-    unsigned char *map; /* the whole file, or NULL */
-    size_t size;
-    const unsigned char *data; /* behind the header */
-    size_t header_size, data_size;
-    json_t *header; /* owns names and metadata */
-    FvTensor *tensors;
-    size_t count;
-};
-
-static FvStatus map_file(FvTensorFile *f, FvError *err) {
-    int file = open(f->path, O_RDONLY | O_CLOEXEC);
+/* `wanted` ends the message for a path that cannot hold it. */
+static FvStatus map_file(Shard *s, const char *wanted, FvError *err) {
+    /* O_NONBLOCK: a pipe without a writer is refused instead of waited for */
+    int file = open(s->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     struct stat info;
     if (file < 0 || fstat(file, &info) != 0) {
         FvStatus status =
-            FV_FAIL(err, FV_DATA, "%s: cannot be opened: %s", f->path, strerror(errno));
+            FV_FAIL(err, FV_DATA, "%s: cannot be opened: %s", s->path, strerror(errno));
         if (file >= 0)
             close(file);
         return status;
     }
     FvStatus status = FV_OK;
     if (!S_ISREG(info.st_mode) || info.st_size < LENGTH_BYTES)
-        status = FV_FAIL(err, FV_DATA, "%s: is no safetensors file (%s)", f->path,
+        status = FV_FAIL(err, FV_DATA, "%s: is no %s (%s)", s->path, wanted,
                          S_ISREG(info.st_mode) ? "too short for a header" : "not a regular file");
     else {
         void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, file, 0);
         if (map == MAP_FAILED)
-            status = FV_FAIL(err, FV_DATA, "%s: cannot be mapped: %s", f->path, strerror(errno));
+            status = FV_FAIL(err, FV_DATA, "%s: cannot be mapped: %s", s->path, strerror(errno));
         else {
-            f->map = map;
-            f->size = (size_t)info.st_size;
+            s->map = map;
+            s->size = (size_t)info.st_size;
         }
     }
     close(file); /* the mapping stays */
     return status;
 }
 
-static FvStatus parse_header(FvTensorFile *f, FvError *err) {
-    uint64_t length;
-    memcpy(&length, f->map, LENGTH_BYTES);
-    if (length > MAX_HEADER)
-        return FV_FAIL(err, FV_DATA, "%s: is no safetensors file (header of %" PRIu64 " bytes)",
-                       f->path, length);
-    if (length > f->size - LENGTH_BYTES)
-        return FV_FAIL(err, FV_DATA, "%s: is cut: a header of %" PRIu64 " bytes in %zu", f->path,
-                       length, f->size);
-    const char *text = (const char *)f->map + LENGTH_BYTES;
-    f->header_size = (size_t)length;
-    f->data = f->map + LENGTH_BYTES + length;
-    f->data_size = f->size - LENGTH_BYTES - f->header_size;
-    if (length == 0 || text[0] != '{')
-        return FV_FAIL(err, FV_DATA, "%s: is no safetensors file (header starts without '{')",
-                       f->path);
+/* An object of JSON; `part` names it in messages: "header", "index". NULL with FV_DATA. */
+static json_t *parse_json(const Shard *s, size_t begin, size_t size, const char *part,
+                          FvError *err) {
     json_error_t why;
-    f->header = json_loadb(text, f->header_size, JSON_REJECT_DUPLICATES, &why);
-    if (!f->header && json_error_code(&why) == json_error_duplicate_key)
-        return FV_FAIL(err, FV_DATA, "%s: header names something twice (byte %d)", f->path,
-                       why.position);
-    if (!f->header)
-        return FV_FAIL(err, FV_DATA, "%s: header is not valid JSON (byte %d)", f->path,
-                       why.position);
-    return FV_OK;
+    json_t *value = json_loadb((const char *)s->map + begin, size, JSON_REJECT_DUPLICATES, &why);
+    if (!value && json_error_code(&why) == json_error_duplicate_key)
+        FV_FAIL(err, FV_DATA, "%s: %s names something twice (byte %d)", s->path, part,
+                why.position);
+    else if (!value)
+        FV_FAIL(err, FV_DATA, "%s: %s is not valid JSON (byte %d)", s->path, part, why.position);
+    return value;
 }
 
-static FvStatus check_metadata(const FvTensorFile *f, json_t *meta, FvError *err) {
+static FvStatus parse_header(Shard *s, FvError *err) {
+    uint64_t length;
+    memcpy(&length, s->map, LENGTH_BYTES);
+    if (length > MAX_HEADER)
+        return FV_FAIL(err, FV_DATA, "%s: is no safetensors file (header of %" PRIu64 " bytes)",
+                       s->path, length);
+    if (length > s->size - LENGTH_BYTES)
+        return FV_FAIL(err, FV_DATA, "%s: is cut: a header of %" PRIu64 " bytes in %zu", s->path,
+                       length, s->size);
+    s->header_size = (size_t)length;
+    s->data = s->map + LENGTH_BYTES + length;
+    s->data_size = s->size - LENGTH_BYTES - s->header_size;
+    if (length == 0 || s->map[LENGTH_BYTES] != '{')
+        return FV_FAIL(err, FV_DATA, "%s: is no safetensors file (header starts without '{')",
+                       s->path);
+    s->header = parse_json(s, LENGTH_BYTES, s->header_size, "header", err);
+    return s->header ? FV_OK : FV_DATA;
+}
+
+static FvStatus open_shard(Shard *s, FvError *err) {
+    FV_TRY(map_file(s, "safetensors file", err));
+    return parse_header(s, err);
+}
+
+/* --- entries of a header -------------------------------------------------------------------- */
+
+static FvStatus check_metadata(const Shard *s, json_t *meta, FvError *err) {
     const char *key;
     json_t *value;
     if (!json_is_object(meta))
-        return FV_FAIL(err, FV_DATA, "%s: __metadata__ is not an object", f->path);
+        return FV_FAIL(err, FV_DATA, "%s: __metadata__ is not an object", s->path);
     json_object_foreach(meta, key, value) {
         if (!json_is_string(value))
-            return FV_FAIL(err, FV_DATA, "%s: metadata %.100s is not a string", f->path, key);
+            return FV_FAIL(err, FV_DATA, "%s: metadata %.100s is not a string", s->path, key);
     }
     return FV_OK;
 }
@@ -131,33 +103,36 @@ static bool read_size(const json_t *value, size_t *out) {
     return true;
 }
 
-static FvStatus read_type(const FvTensorFile *f, const json_t *value, FvTensor *t, FvError *err) {
+static FvStatus read_type(const Shard *s, const json_t *value, FvTensor *t, FvError *err) {
+    static const char *const small[] = {"F4", "F6_E2M3", "F6_E3M2"};
     const char *name = json_string_value(value);
     if (!name)
-        return FV_FAIL(err, FV_DATA, "%s: tensor %.100s has no dtype", f->path, t->name);
+        return FV_FAIL(err, FV_DATA, "%s: tensor %.100s has no dtype", s->path, t->name);
     for (int i = 0; i < FV_TYPES; i++) {
-        if (strcmp(name, types[i].name) == 0) {
+        if (strcmp(name, fv_type_name((FvType)i)) == 0) {
             t->type = (FvType)i;
             return FV_OK;
         }
     }
-    return FV_FAIL(err, FV_DATA,
-                   "%s: tensor %.100s has dtype %.20s; F64, F32, F16, BF16, I64, I32 and U8 are "
-                   "read",
-                   f->path, t->name, name);
+    bool known = false;
+    for (size_t i = 0; i < sizeof small / sizeof *small; i++)
+        known = known || strcmp(name, small[i]) == 0;
+    return FV_FAIL(err, FV_DATA, "%s: tensor %.100s has dtype %.20s, %s", s->path, t->name, name,
+                   known ? "elements smaller than a byte, which are not supported"
+                         : "which is not known here");
 }
 
-static FvStatus read_shape(const FvTensorFile *f, const json_t *shape, FvTensor *t, FvError *err) {
+static FvStatus read_shape(const Shard *s, const json_t *shape, FvTensor *t, FvError *err) {
     if (!json_is_array(shape) || json_array_size(shape) > FV_MAX_RANK)
         return FV_FAIL(err, FV_DATA, "%s: tensor %.100s: shape is not a list of up to %d sizes",
-                       f->path, t->name, FV_MAX_RANK);
+                       s->path, t->name, FV_MAX_RANK);
     t->rank = json_array_size(shape);
     t->count = 1;
     bool empty = false;
     for (size_t i = 0; i < t->rank; i++) {
         if (!read_size(json_array_get(shape, i), &t->shape[i]))
             return FV_FAIL(err, FV_DATA, "%s: tensor %.100s: shape holds something that is no size",
-                           f->path, t->name);
+                           s->path, t->name);
         empty = empty || t->shape[i] == 0;
         t->count = fv_mul(t->count, t->shape[i]); /* a saturated product matches no range */
     }
@@ -166,26 +141,26 @@ static FvStatus read_shape(const FvTensorFile *f, const json_t *shape, FvTensor 
     return FV_OK;
 }
 
-static FvStatus read_entry(const FvTensorFile *f, const json_t *entry, FvTensor *t, FvError *err) {
+static FvStatus read_entry(const Shard *s, const json_t *entry, FvTensor *t, FvError *err) {
     size_t begin, end;
     if (!json_is_object(entry))
-        return FV_FAIL(err, FV_DATA, "%s: tensor %.100s is not described by an object", f->path,
+        return FV_FAIL(err, FV_DATA, "%s: tensor %.100s is not described by an object", s->path,
                        t->name);
-    FV_TRY(read_type(f, json_object_get(entry, "dtype"), t, err));
-    FV_TRY(read_shape(f, json_object_get(entry, "shape"), t, err));
+    FV_TRY(read_type(s, json_object_get(entry, "dtype"), t, err));
+    FV_TRY(read_shape(s, json_object_get(entry, "shape"), t, err));
     const json_t *range = json_object_get(entry, "data_offsets");
     if (!json_is_array(range) || json_array_size(range) != 2 ||
         !read_size(json_array_get(range, 0), &begin) || !read_size(json_array_get(range, 1), &end))
-        return FV_FAIL(err, FV_DATA, "%s: tensor %.100s: data_offsets are not two sizes", f->path,
+        return FV_FAIL(err, FV_DATA, "%s: tensor %.100s: data_offsets are not two sizes", s->path,
                        t->name);
-    if (begin > end || end > f->data_size)
+    if (begin > end || end > s->data_size)
         return FV_FAIL(err, FV_DATA,
-                       "%s: is cut or damaged: tensor %.100s at bytes %zu to %zu of %zu", f->path,
-                       t->name, begin, end, f->data_size);
-    if (end - begin != tensor_bytes(t))
-        return FV_FAIL(err, FV_DATA, "%s: tensor %.100s: shape and data_offsets disagree", f->path,
+                       "%s: is cut or damaged: tensor %.100s at bytes %zu to %zu of %zu", s->path,
+                       t->name, begin, end, s->data_size);
+    if (end - begin != fv_tensor_bytes(t))
+        return FV_FAIL(err, FV_DATA, "%s: tensor %.100s: shape and data_offsets disagree", s->path,
                        t->name);
-    t->data = f->data + begin;
+    t->data = s->data + begin;
     return FV_OK;
 }
 
@@ -194,42 +169,182 @@ static int by_place(const void *a, const void *b) {
     const unsigned char *p = x->data, *q = y->data;
     if (p != q)
         return p < q ? -1 : 1;
-    size_t m = tensor_bytes(x), n = tensor_bytes(y); /* empty tensors before the one they touch */
+    /* empty tensors before the one they touch */
+    size_t m = fv_tensor_bytes(x), n = fv_tensor_bytes(y);
     return (m > n) - (m < n);
 }
 
-static FvStatus read_entries(FvTensorFile *f, FvError *err) {
+/* Appends the shard's tensors; there is room. */
+static FvStatus read_entries(FvTensorFile *f, const Shard *s, FvError *err) {
     const char *name;
     json_t *entry;
-    f->tensors = calloc(json_object_size(f->header) + 1, sizeof *f->tensors);
-    if (!f->tensors)
-        return FV_FAIL(err, FV_DEVICE, "out of memory for the header of %s", f->path);
-    json_object_foreach(f->header, name, entry) {
+    size_t first = f->count;
+    json_object_foreach(s->header, name, entry) {
         if (strcmp(name, "__metadata__") == 0) {
-            FV_TRY(check_metadata(f, entry, err));
+            FV_TRY(check_metadata(s, entry, err));
             continue;
         }
         f->tensors[f->count].name = name;
-        FV_TRY(read_entry(f, entry, &f->tensors[f->count], err));
+        FV_TRY(read_entry(s, entry, &f->tensors[f->count], err));
         f->count++;
     }
-    qsort(f->tensors, f->count, sizeof *f->tensors, by_place);
-    const unsigned char *next = f->data;
-    for (size_t i = 0; i < f->count; i++) {
+    qsort(f->tensors + first, f->count - first, sizeof *f->tensors, by_place);
+    const unsigned char *next = s->data;
+    for (size_t i = first; i < f->count; i++) {
         if (f->tensors[i].data != next)
-            return FV_FAIL(err, FV_DATA, "%s: gap or overlap before tensor %.100s", f->path,
+            return FV_FAIL(err, FV_DATA, "%s: gap or overlap before tensor %.100s", s->path,
                            f->tensors[i].name);
-        next += tensor_bytes(&f->tensors[i]);
+        next += fv_tensor_bytes(&f->tensors[i]);
     }
-    if (next != f->data + f->data_size)
-        return FV_FAIL(err, FV_DATA, "%s: bytes behind the last tensor", f->path);
+    if (next != s->data + s->data_size)
+        return FV_FAIL(err, FV_DATA, "%s: bytes behind the last tensor", s->path);
     return FV_OK;
 }
 
+/* --- the index of a sharded file ------------------------------------------------------------ */
+
+static bool ends_with(const char *text, const char *end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
+/* The index is read through a mapping that it does not outlive. */
+static FvStatus read_index(FvTensorFile *f, FvError *err) {
+    Shard file = {.path = f->path};
+    FV_TRY(map_file(&file, "index of a safetensors file", err));
+    FvStatus status = FV_DATA;
+    if (file.size > MAX_HEADER)
+        FV_FAIL(err, FV_DATA, "%s: is no index of a safetensors file (%zu bytes)", f->path,
+                file.size);
+    else if ((f->index = parse_json(&file, 0, file.size, "index", err)))
+        status = FV_OK;
+    munmap(file.map, file.size);
+    return status;
+}
+
+/* The file names in the map, each once, in the order in which they are first named. */
+static FvStatus list_shards(FvTensorFile *f, json_t *map, json_t *names, FvError *err) {
+    const char *tensor;
+    json_t *value;
+    json_object_foreach(map, tensor, value) {
+        const char *name = json_string_value(value);
+        if (!name)
+            return FV_FAIL(err, FV_DATA, "%s: tensor %.100s: the file is not given by name",
+                           f->path, tensor);
+        if (!*name || strchr(name, '/') || strstr(name, ".."))
+            return FV_FAIL(err, FV_DATA,
+                           "%s: tensor %.100s: \"%.100s\" is no name of a file beside the index",
+                           f->path, tensor, name);
+        if (json_object_set(names, name, value) != 0)
+            return FV_FAIL(err, FV_DEVICE, "out of memory for %s", f->path);
+    }
+    return FV_OK;
+}
+
+/* Takes the shards' names from the map, where they live on. */
+static FvStatus name_shards(FvTensorFile *f, json_t *names, FvError *err) {
+    const char *slash = strrchr(f->path, '/'), *name;
+    int folder = slash ? (int)(slash - f->path) + 1 : 0;
+    json_t *value;
+    f->shards = calloc(json_object_size(names) + 1, sizeof *f->shards);
+    if (!f->shards)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for %s", f->path);
+    json_object_foreach(names, name, value) {
+        Shard *s = &f->shards[f->shard_count++];
+        s->name = json_string_value(value);
+        if (asprintf(&s->path, "%.*s%s", folder, f->path, s->name) < 0) {
+            s->path = NULL;
+            return FV_FAIL(err, FV_DEVICE, "out of memory for %s", f->path);
+        }
+    }
+    return FV_OK;
+}
+
+static FvStatus open_index(FvTensorFile *f, FvError *err) {
+    FV_TRY(read_index(f, err));
+    json_t *map = json_object_get(f->index, "weight_map");
+    f->metadata = json_object_get(f->index, "metadata");
+    if (!json_is_object(map) || (f->metadata && !json_is_object(f->metadata)))
+        return FV_FAIL(err, FV_DATA, "%s: has no object \"%s\"", f->path,
+                       json_is_object(map) ? "metadata" : "weight_map");
+    json_t *names = json_object();
+    FvStatus status = list_shards(f, map, names, err);
+    if (status == FV_OK)
+        status = name_shards(f, names, err);
+    json_decref(names);
+    return status;
+}
+
+/* Every tensor of the shard must be mapped to it. Then no name can be in two shards. */
+static FvStatus check_mapped(const FvTensorFile *f, const Shard *s, size_t first, FvError *err) {
+    const json_t *map = json_object_get(f->index, "weight_map");
+    for (size_t i = first; i < f->count; i++) {
+        const char *name = f->tensors[i].name;
+        const char *place = json_string_value(json_object_get(map, name));
+        if (!place)
+            return FV_FAIL(err, FV_DATA, "%s: tensor %.100s is not in the index %s", s->path, name,
+                           f->path);
+        if (strcmp(place, s->name) != 0)
+            return FV_FAIL(err, FV_DATA, "%s: tensor %.100s belongs in %.100s by the index %s",
+                           s->path, name, place, f->path);
+    }
+    return FV_OK;
+}
+
+static FvStatus check_complete(const FvTensorFile *f, FvError *err) {
+    const char *name;
+    json_t *place;
+    json_object_foreach(json_object_get(f->index, "weight_map"), name, place) {
+        if (!fv_tensors_find(f, name))
+            return FV_FAIL(err, FV_DATA, "%s: tensor %.100s is not in %.100s", f->path, name,
+                           json_string_value(place));
+    }
+    return FV_OK;
+}
+
+/* --- the whole ------------------------------------------------------------------------------ */
+
+static FvStatus open_single(FvTensorFile *f, FvError *err) {
+    f->shards = calloc(1, sizeof *f->shards);
+    if (!f->shards || !(f->shards->path = strdup(f->path)))
+        return FV_FAIL(err, FV_DEVICE, "out of memory for %s", f->path);
+    f->shards->name = f->shards->path;
+    f->shard_count = 1;
+    return FV_OK;
+}
+
+static int by_name(const void *a, const void *b) {
+    const FvTensor *const *x = a, *const *y = b;
+    return strcmp((*x)->name, (*y)->name);
+}
+
+static void sort_names(FvTensorFile *f) {
+    for (size_t i = 0; i < f->count; i++)
+        f->by_name[i] = &f->tensors[i];
+    qsort(f->by_name, f->count, sizeof *f->by_name, by_name);
+}
+
 static FvStatus open_parts(FvTensorFile *f, FvError *err) {
-    FV_TRY(map_file(f, err));
-    FV_TRY(parse_header(f, err));
-    return read_entries(f, err);
+    size_t most = 1;
+    FV_TRY(ends_with(f->path, ".index.json") ? open_index(f, err) : open_single(f, err));
+    for (size_t i = 0; i < f->shard_count; i++) {
+        FV_TRY(open_shard(&f->shards[i], err));
+        most += json_object_size(f->shards[i].header);
+    }
+    f->tensors = calloc(most, sizeof *f->tensors);
+    f->by_name = calloc(most, sizeof *f->by_name);
+    if (!f->tensors || !f->by_name)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the header of %s", f->path);
+    for (size_t i = 0; i < f->shard_count; i++) {
+        size_t first = f->count;
+        FV_TRY(read_entries(f, &f->shards[i], err));
+        if (f->index)
+            FV_TRY(check_mapped(f, &f->shards[i], first, err));
+    }
+    sort_names(f);
+    if (!f->index)
+        f->metadata = json_object_get(f->shards->header, "__metadata__");
+    return f->index ? check_complete(f, err) : FV_OK;
 }
 
 FvStatus fv_tensors_open(const char *path, FvTensorFile **out, FvError *err) {
@@ -250,10 +365,17 @@ FvStatus fv_tensors_open(const char *path, FvTensorFile **out, FvError *err) {
 void fv_tensors_close(FvTensorFile *f) {
     if (!f)
         return;
-    if (f->map)
-        munmap(f->map, f->size); /* fails for no valid mapping */
-    json_decref(f->header);
+    for (size_t i = 0; i < f->shard_count; i++) {
+        Shard *s = &f->shards[i];
+        if (s->map)
+            munmap(s->map, s->size); /* fails for no valid mapping */
+        json_decref(s->header);
+        free(s->path);
+    }
+    json_decref(f->index);
+    free(f->shards);
     free(f->tensors);
+    free(f->by_name);
     free(f->path);
     free(f);
 }
@@ -271,227 +393,30 @@ const FvTensor *fv_tensors_at(const FvTensorFile *f, size_t index) {
 }
 
 const FvTensor *fv_tensors_find(const FvTensorFile *f, const char *name) {
-    for (size_t i = 0; i < f->count; i++)
-        if (strcmp(f->tensors[i].name, name) == 0)
-            return &f->tensors[i];
-    return NULL;
+    const FvTensor wanted = {.name = name}, *key = &wanted;
+    const FvTensor **found = bsearch(&key, f->by_name, f->count, sizeof *f->by_name, by_name);
+    return found ? *found : NULL;
 }
 
 const char *fv_tensors_metadata(const FvTensorFile *f, const char *key) {
-    return json_string_value(json_object_get(json_object_get(f->header, "__metadata__"), key));
+    return json_string_value(json_object_get(f->metadata, key));
 }
 
-/* --- elements ------------------------------------------------------------------------------- */
-
-static double from_half(uint16_t h) {
-    int exponent = h >> 10 & 31;
-    double sign = h & 0x8000 ? -1 : 1, fraction = h & 1023;
-    if (exponent == 31)
-        return fraction != 0 ? NAN : sign * INFINITY;
-    if (exponent == 0)
-        return sign * ldexp(fraction, -24);
-    return sign * ldexp(1024 + fraction, exponent - 25);
+/* The first bytes of JSON text are no length that a header may have, so the two differ. */
+static bool begins_like_one(const char *path) {
+    unsigned char start[LENGTH_BYTES + 1];
+    uint64_t length = 0;
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (file < 0)
+        return false;
+    bool whole = read(file, start, sizeof start) == (ssize_t)sizeof start;
+    close(file);
+    if (whole)
+        memcpy(&length, start, LENGTH_BYTES);
+    return whole && length <= MAX_HEADER && start[LENGTH_BYTES] == '{';
 }
 
-static double from_bfloat(uint16_t b) {
-    uint32_t bits = (uint32_t)b << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* memcpy because files may place elements at any byte. */
-static double element(FvType type, const unsigned char *at) {
-    union {
-        double f64;
-        float f32;
-        uint16_t bits16;
-        int64_t i64;
-        int32_t i32;
-        uint8_t u8;
-    } value;
-    memcpy(&value, at, types[type].size);
-    switch (type) {
-    case FV_F64:
-        return value.f64;
-    case FV_F32:
-        return (double)value.f32;
-    case FV_F16:
-        return from_half(value.bits16);
-    case FV_BF16:
-        return from_bfloat(value.bits16);
-    case FV_I64:
-        return (double)value.i64;
-    case FV_I32:
-        return value.i32;
-    case FV_U8:
-    case FV_TYPES:
-        break;
-    }
-    return value.u8;
-}
-
-void fv_tensor_read(const FvTensor *t, size_t first, size_t count, double *out) {
-    size_t size = types[t->type].size;
-    for (size_t i = 0; i < count; i++)
-        out[i] = element(t->type, (const unsigned char *)t->data + (first + i) * size);
-}
-
-/* --- writing -------------------------------------------------------------------------------- */
-
-/* What is being written: tensors in file order, and the header before them, its length included. */
-typedef struct Writing {
-    const char *path;
-    const FvTensor **order;
-    size_t count;
-    char *header;
-    size_t header_size;
-} Writing;
-
-/* Stable, by falling element size: every offset is then a multiple of its element's size. */
-static void order_tensors(Writing *w, const FvTensor *tensors) {
-    size_t next = 0;
-    for (size_t size = 8; size > 0; size /= 2)
-        for (size_t i = 0; i < w->count; i++)
-            if (types[tensors[i].type].size == size)
-                w->order[next++] = &tensors[i];
-}
-
-static json_t *format_metadata(const FvMeta *meta, size_t count) {
-    json_t *out = json_object();
-    int bad = json_object_set_new(out, "checksum", json_string("0000000000000000"));
-    for (size_t i = 0; i < count && !bad; i++) {
-        char *value = strdup(meta[i].value);
-        if (value)
-            fv_utf8_clean(value);
-        bad = !value || json_object_get(out, meta[i].key) ||
-              json_object_set_new(out, meta[i].key, json_string(value));
-        free(value);
-    }
-    if (bad) {
-        json_decref(out);
-        return NULL;
-    }
-    return out;
-}
-
-static json_t *format_entry(const FvTensor *t, size_t begin) {
-    json_t *shape = json_array();
-    int bad = 0;
-    for (size_t i = 0; i < t->rank; i++)
-        bad |= json_array_append_new(shape, json_integer((json_int_t)t->shape[i]));
-    json_t *out =
-        json_pack("{s:s, s:o, s:[I,I]}", "dtype", types[t->type].name, "shape", shape,
-                  "data_offsets", (json_int_t)begin, (json_int_t)(begin + tensor_bytes(t)));
-    if (bad) {
-        json_decref(out);
-        return NULL;
-    }
-    return out;
-}
-
-/* NULL when memory is out, a name comes twice or is not UTF-8. */
-static char *format_json(const Writing *w, const FvMeta *meta, size_t meta_count) {
-    json_t *root = json_object();
-    int bad = json_object_set_new(root, "__metadata__", format_metadata(meta, meta_count));
-    size_t begin = 0;
-    for (size_t i = 0; i < w->count && !bad; i++) {
-        const FvTensor *t = w->order[i];
-        bad = json_object_get(root, t->name) ||
-              json_object_set_new(root, t->name, format_entry(t, begin));
-        begin += tensor_bytes(t);
-    }
-    char *text = bad ? NULL : json_dumps(root, JSON_COMPACT);
-    json_decref(root);
-    return text;
-}
-
-static FvStatus format_header(Writing *w, const FvMeta *meta, size_t meta_count, FvError *err) {
-    char *text = format_json(w, meta, meta_count);
-    if (!text)
-        return FV_FAIL(err, FV_IO, "%s: header cannot be made (a name twice, or no memory)",
-                       w->path);
-    size_t length = strlen(text), padded = (length + 7) / 8 * 8;
-    w->header_size = LENGTH_BYTES + padded;
-    w->header = malloc(w->header_size);
-    if (w->header) {
-        uint64_t stored = padded;
-        memcpy(w->header, &stored, LENGTH_BYTES);
-        memset(w->header + LENGTH_BYTES, ' ', padded);
-        memcpy(w->header + LENGTH_BYTES, text, length);
-    }
-    free(text);
-    if (!w->header)
-        return FV_FAIL(err, FV_DEVICE, "out of memory for the header of %s", w->path);
-    return FV_OK;
-}
-
-static FvStatus format_digest(const FvBytes *parts, size_t count, const char *path,
-                              char out[CHECKSUM_DIGITS + 1], FvError *err) {
-    XXH3_state_t *state = XXH3_createState();
-    bool good = state && XXH3_64bits_reset(state) == XXH_OK;
-    for (size_t i = 0; i < count && good; i++)
-        good =
-            parts[i].size == 0 || XXH3_64bits_update(state, parts[i].data, parts[i].size) == XXH_OK;
-    if (good)
-        snprintf(out, CHECKSUM_DIGITS + 1, "%016" PRIx64, (uint64_t)XXH3_64bits_digest(state));
-    XXH3_freeState(state);
-    if (!good)
-        return FV_FAIL(err, FV_DEVICE, "out of memory for the checksum of %s", path);
-    return FV_OK;
-}
-
-static FvStatus write_parts(Writing *w, FvBytes *parts, FvError *err) {
-    char digits[CHECKSUM_DIGITS + 1];
-    for (size_t i = 0; i < w->count; i++)
-        parts[1 + i] = (FvBytes){w->order[i]->data, tensor_bytes(w->order[i])};
-    parts[0] = (FvBytes){w->header + LENGTH_BYTES, w->header_size - LENGTH_BYTES};
-    FV_TRY(format_digest(parts, w->count + 1, w->path, digits, err));
-    memcpy(w->header + LENGTH_BYTES + strlen(checksum_start), digits, CHECKSUM_DIGITS);
-    parts[0] = (FvBytes){w->header, w->header_size};
-    return fv_file_write(w->path, parts, w->count + 1, err);
-}
-
-FvStatus fv_tensors_write(const char *path, const FvTensor *tensors, size_t count,
-                          const FvMeta *meta, size_t meta_count, FvError *err) {
-    Writing w = {.path = path, .count = count};
-    FvBytes *parts = calloc(count + 1, sizeof *parts);
-    w.order = calloc(count + 1, sizeof *w.order);
-    FvStatus status = FV_OK;
-    if (!parts || !w.order)
-        status = FV_FAIL(err, FV_DEVICE, "out of memory for %zu tensors of %s", count, path);
-    if (status == FV_OK) {
-        order_tensors(&w, tensors);
-        status = format_header(&w, meta, meta_count, err);
-    }
-    if (status == FV_OK)
-        status = write_parts(&w, parts, err);
-    free(w.header);
-    free(w.order);
-    free(parts);
-    return status;
-}
-
-FvStatus fv_tensors_verify(const FvTensorFile *f, FvError *err) {
-    const char *stored = fv_tensors_metadata(f, "checksum");
-    size_t at = strlen(checksum_start);
-    char digits[CHECKSUM_DIGITS + 1] = "";
-    if (!stored)
-        return FV_OK;
-    char *header = malloc(f->header_size);
-    if (!header)
-        return FV_FAIL(err, FV_DEVICE, "out of memory for the header of %s", f->path);
-    memcpy(header, f->map + LENGTH_BYTES, f->header_size);
-    FvStatus status = FV_OK;
-    if (f->header_size > at + CHECKSUM_DIGITS && memcmp(header, checksum_start, at) == 0) {
-        memset(header + at, '0', CHECKSUM_DIGITS);
-        FvBytes parts[] = {{header, f->header_size}, {f->data, f->data_size}};
-        status = format_digest(parts, 2, f->path, digits, err);
-    }
-    free(header);
-    FV_TRY(status);
-    if (strcmp(digits, stored) != 0)
-        return FV_FAIL(err, FV_DATA, "%s: is damaged: checksum %s where the contents give %s",
-                       f->path, stored, digits[0] ? digits : "none");
-    return FV_OK;
+bool fv_tensors_recognise(const char *path) {
+    return ends_with(path, ".index.json") || ends_with(path, ".safetensors") ||
+           begins_like_one(path);
 }

@@ -125,6 +125,120 @@ static void test_values(void **state) {
     fv_tensors_close(file);
 }
 
+/* Every half and every bfloat, at an odd address, against the formats' definition: sign, exponent
+ * of bias 15 or 127, fraction; all are exact as float. */
+static void test_small_floats(void **state) {
+    static unsigned char bytes[2 * 65536 + 1];
+    static real out[65536 + 1];
+    (void)state;
+    for (size_t i = 0; i < 65536; i++) {
+        uint16_t value = (uint16_t)i;
+        memcpy(bytes + 1 + 2 * i, &value, 2);
+    }
+    for (int brain = 0; brain < 2; brain++) {
+        const FvTensor t = {"x", brain ? FV_BF16 : FV_F16, 1, {65536}, bytes + 1, 65536};
+        int digits = brain ? 7 : 10, bias = brain ? 127 : 15, top = brain ? 255 : 31;
+        out[65536] = 7;
+        fv_tensor_read_real(&t, 0, 1, out);
+        fv_tensor_read_real(&t, 1, 65535, out + 1);
+        assert_true(out[65536] == 7);
+        for (int i = 0; i < 65536; i++) {
+            int exponent = i >> digits & top, fraction = i & ((1 << digits) - 1);
+            double value = exponent == top ? (fraction ? NAN : INFINITY)
+                           : exponent ? ldexp(fraction + (1 << digits), exponent - bias - digits)
+                                      : ldexp(fraction, 1 - bias - digits);
+            double got = (double)out[i], same;
+            fv_tensor_read(&t, (size_t)i, 1, &same);
+            if (!(fabs(got) == value || (isnan(got) && isnan(value))) ||
+                !signbit(got) != !(i & 0x8000) || memcmp(&got, &same, sizeof got) != 0)
+                fail_msg("%s %04x: %g, %g is not %g", brain ? "BF16" : "F16", i, got, same, value);
+        }
+    }
+}
+
+/* The other types as `real`: what fv_tensor_read gives, rounded. */
+static void test_real_values(void **state) {
+    char path[FV_PATH];
+    join(path, *state, "a.safetensors");
+    FvTensorFile *file = write_and_open(path);
+    for (size_t i = 0; i < TENSORS; i++) {
+        const FvTensor *t = fv_tensors_at(file, i);
+        double values[8];
+        real got[9];
+        for (size_t first = 0; first <= t->count; first++) {
+            fv_tensor_read(t, first, t->count - first, values);
+            got[t->count - first] = 7;
+            fv_tensor_read_real(t, first, t->count - first, got);
+            assert_true(got[t->count - first] == 7);
+            for (size_t n = 0; first + n < t->count; n++)
+                if (got[n] != (real)values[n] && !(isnan(got[n]) && isnan(values[n])))
+                    fail_msg("%s[%zu]: %g is not %g", t->name, first + n, (double)got[n],
+                             values[n]);
+        }
+    }
+    fv_tensors_close(file);
+}
+
+/* Types without a reader: the file can be used, their elements are refused by name. */
+static void test_other_types(void **state) {
+    static const char *const names[] = {"BOOL", "I8",      "I16",     "U16",    "U32",
+                                        "U64",  "F8_E4M3", "F8_E5M2", "F8_E8M0"};
+    static const size_t sizes[] = {1, 1, 2, 2, 4, 8, 1, 1, 1};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        char path[FV_PATH], header[256], zeros[32] = {0};
+        FvTensorFile *file;
+        FvError err;
+        double value;
+        int length = snprintf(header, sizeof header,
+                              "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},"
+                              "\"b\":{\"dtype\":\"%s\",\"shape\":[3],\"data_offsets\":[4,%zu]}}",
+                              names[i], 4 + 3 * sizes[i]);
+        uint64_t stored = (uint64_t)length;
+        join(path, *state, "other.safetensors");
+        FvBytes parts[] = {{&stored, 8}, {header, (size_t)length}, {zeros, 4 + 3 * sizes[i]}};
+        assert_ok(fv_file_write(path, parts, 3, &err), &err);
+        assert_ok(fv_tensors_open(path, &file, &err), &err);
+        const FvTensor *a = fv_tensors_find(file, "a"), *b = fv_tensors_find(file, "b");
+        assert_string_equal(fv_type_name(b->type), names[i]);
+        assert_int_equal(fv_tensor_bytes(b), 3 * sizes[i]);
+        assert_ok(fv_tensors_readable(file, a, &err), &err);
+        assert_int_equal(fv_tensors_readable(file, b, &err), FV_DATA);
+        assert_non_null(strstr(err.text, path));
+        assert_non_null(strstr(err.text, names[i]));
+        fv_tensor_read(b, 0, 1, &value);
+        assert_true(isnan(value)); /* not a number that could be mistaken for the element */
+        fv_tensors_close(file);
+    }
+}
+
+static void test_finds_among_thousands(void **state) {
+    enum { MANY = 5000 };
+    char path[FV_PATH];
+    FvTensorFile *file;
+    FvError err;
+    FvTensor *many = calloc(MANY, sizeof *many);
+    char(*names)[16] = calloc(MANY, sizeof *names);
+    assert_true(many && names);
+    for (size_t i = 0; i < MANY; i++) {
+        snprintf(names[i], sizeof *names, "layer.%zu", (i * 37) % MANY);
+        many[i] = (FvTensor){names[i], FV_U8, 1, {1}, u8, 1};
+    }
+    join(path, *state, "many.safetensors");
+    assert_ok(fv_tensors_write(path, many, MANY, NULL, 0, &err), &err);
+    assert_ok(fv_tensors_open(path, &file, &err), &err);
+    for (size_t i = 0; i < MANY; i++) {
+        const FvTensor *t = fv_tensors_find(file, names[i]);
+        assert_non_null(t);
+        assert_string_equal(t->name, names[i]);
+    }
+    assert_null(fv_tensors_find(file, "layer."));
+    assert_null(fv_tensors_find(file, "layer.5000"));
+    assert_null(fv_tensors_find(file, ""));
+    fv_tensors_close(file);
+    free(names);
+    free(many);
+}
+
 static void test_refuses_to_write(void **state) {
     char path[FV_PATH];
     FvError err;
@@ -216,7 +330,18 @@ static void test_headers(void **state) {
         {"{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\"}}", 0, "twice"},
         {"{\"a\":3}", 0, "not described by an object"},
         {"{\"a\":{\"shape\":[],\"data_offsets\":[0,4]}}", 4, "no dtype"},
-        {"{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[4],\"data_offsets\":[0,4]}}", 4, "F8_E4M3"},
+        {"{\"a\":{\"dtype\":\"F4\",\"shape\":[8],\"data_offsets\":[0,4]}}", 4,
+         "F4, elements smaller than a byte"},
+        {"{\"a\":{\"dtype\":\"F6_E2M3\",\"shape\":[4],\"data_offsets\":[0,3]}}", 3, "F6_E2M3"},
+        {"{\"a\":{\"dtype\":\"G16\",\"shape\":[2],\"data_offsets\":[0,4]}}", 4,
+         "G16, which is not known"},
+        {"{\"a\":{\"dtype\":16,\"shape\":[2],\"data_offsets\":[0,4]}}", 4, "no dtype"},
+        {"{\"a\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[0,4.0]}}", 4, "not two sizes"},
+        {"{\"a\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[0,18446744073709551620]}}", 4,
+         "not valid JSON"},
+        {"{\"a\":{\"dtype\":\"F32\",\"shape\":2,\"data_offsets\":[0,8]}}", 8, "not a list"},
+        {"[]", 0, "starts without '{'"},
+        {"{}{}", 0, "not valid JSON"},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[-1],\"data_offsets\":[0,4]}}", 4, "no size"},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1.0],\"data_offsets\":[0,4]}}", 4, "no size"},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,4]}}", 4,
@@ -258,6 +383,9 @@ static void test_lengths(void **state) {
         assert_int_equal(fv_tensors_open(path, &file, &err), FV_DATA);
     }
     assert_int_equal(fv_tensors_open(*state, &file, &err), FV_DATA); /* a folder */
+    join(path, *state, "pipe.safetensors");
+    assert_int_equal(mkfifo(path, 0600), 0);
+    assert_int_equal(fv_tensors_open(path, &file, &err), FV_DATA); /* and is not waited for */
     join(path, *state, "absent.safetensors");
     assert_int_equal(fv_tensors_open(path, &file, &err), FV_DATA);
     assert_non_null(strstr(err.text, path));
@@ -373,6 +501,10 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),
         cmocka_unit_test(test_values),
+        cmocka_unit_test(test_small_floats),
+        cmocka_unit_test(test_real_values),
+        cmocka_unit_test(test_other_types),
+        cmocka_unit_test(test_finds_among_thousands),
         cmocka_unit_test(test_refuses_to_write),
         cmocka_unit_test(test_disk_full),
         cmocka_unit_test(test_headers),
