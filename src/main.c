@@ -16,6 +16,7 @@
 #include "run/hdf5_lock.h"
 #include "run/info.h"
 #include "run/prepare.h"
+#include "run/pretrain.h"
 #include "run/processor.h"
 #include "run/ranking.h"
 
@@ -43,6 +44,7 @@ static void print_help(void) {
     printf("usage: fovea [STUDY.yaml] [key=value ...] [NAME.key=value ...] [options]\n"
            "       mpirun -np N fovea ...   N ranks share the study's jobs\n"
            "       fovea prepare VIDEOS... -o clips.h5   makes a data file of videos\n"
+           "       fovea pretrain DATA [key=value ...]   trains an encoder without labels; --help\n"
            "       fovea info STUDY.yaml [FILE] | FILE   lists parameters and what FILE would set\n"
            "       fovea status OUT                      how a study stands\n\n"
            "Without STUDY: configs/ablations.yaml, the seven ablations. Running the same command\n"
@@ -71,20 +73,6 @@ static void complain(const FvError *err, const FvWorld *world) {
         fprintf(stderr, "fovea: at %s:%d\n", err->file, err->line);
 }
 
-/* configs/ablations.yaml of this folder, else of the program's. */
-static const char *default_study(char *out, size_t size) {
-    static const char file[] = "configs/ablations.yaml";
-    char program[FV_PATH];
-    snprintf(out, size, "%s", file);
-    if (access(out, R_OK) == 0)
-        return out;
-    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
-    char *slash = n > 0 ? (program[n] = '\0', strrchr(program, '/')) : NULL;
-    if (slash)
-        snprintf(out, size, "%.*s/%s", (int)(slash - program), program, file);
-    return out;
-}
-
 static char *join(int argc, char **argv) {
     size_t room = 1;
     for (int i = 0; i < argc; i++)
@@ -96,7 +84,11 @@ static char *join(int argc, char **argv) {
     return line;
 }
 
-static FvStatus run_study(int argc, char **argv, const FvOptions *options, FvError *err) {
+typedef FvStatus Ranked(const FvInvocation *, bool *speaker, bool *abort, FvError *err);
+
+/* A command of all ranks: a study, or pretraining. */
+static FvStatus run_ranked(int argc, char **argv, const FvOptions *options, Ranked *run,
+                           FvError *err) {
     char path[FV_PATH];
     FvInvocation in = {.options = *options, .revision = FV_REVISION, .stop = &stop_asked};
     FvStatus status = fv_world_start(&argc, &argv, &in.world, err);
@@ -106,9 +98,10 @@ static FvStatus run_study(int argc, char **argv, const FvOptions *options, FvErr
     }
     char *line = join(argc, argv);
     in.command_line = line ? line : argv[0];
-    in.study_path = options->study ? options->study : default_study(path, sizeof path);
+    fv_beside_program("configs/ablations.yaml", path);
+    in.study_path = options->study ? options->study : path;
     bool speaker = false, abort = false;
-    status = fv_execute(&in, &speaker, &abort, err);
+    status = run(&in, &speaker, &abort, err);
     if (status != FV_OK && speaker)
         complain(err, &in.world);
     if (abort)
@@ -144,15 +137,16 @@ int main(int argc, char **argv) {
         return (int)status;
     }
     FvOptions options;
-    status = fv_options_parse(argc, argv, &options, &err);
+    bool pretrain = argc > 1 && strcmp(argv[1], "pretrain") == 0;
+    status = fv_options_parse(argc - pretrain, argv + pretrain, &options, &err);
     if (status != FV_OK) {
         complain(&err, NULL);
     } else if (options.help) {
-        print_help();
+        (pretrain ? fv_pretrain_print_help : print_help)();
     } else if (options.version) {
         print_version();
     } else {
-        status = run_study(argc, argv, &options, &err);
+        status = run_ranked(argc, argv, &options, pretrain ? fv_pretrain : fv_execute, &err);
     }
     fv_options_free(&options);
     return (int)status;

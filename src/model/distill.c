@@ -46,9 +46,9 @@ struct FvDistill {
     Rows rows;
     uint8_t *global_pixels, *local_pixels;
     real *resize, *local_pos, *dlocal_pos; /* position table of the local crops = resize * table */
-    real *target, *batch_center, *shares; /* shares [2 I]: 1 / (2 I) */
-    double *loss, *entropy;     /* [rows], [2 I] */
-    double student_temperature; /* of the last forward pass */
+    real *target, *batch_center, *shares;  /* shares [2 I]: 1 / (2 I) */
+    double *loss, *entropy, *norm;         /* [rows], [2 I], [1] */
+    double student_temperature;            /* of the last forward pass */
     double *host;
     real *dlogits, *dunit, *dprototypes, *da, *db, *dcls; /* scratch */
     void *block_weights, *block_train, *block_acts;
@@ -159,6 +159,7 @@ static void carve(FvDistill *d, FvArena *arena) {
     d->shares = fv_take(arena, globals);
     d->loss = fv_take_bytes(arena, fv_mul(rows, sizeof(double)));
     d->entropy = fv_take_bytes(arena, fv_mul(globals, sizeof(double)));
+    d->norm = fv_take_bytes(arena, sizeof(double));
     size_t wide = fv_mul(rows, c->head_width), out = fv_mul(rows, c->head_out);
     d->dlogits = fv_take(arena, fv_mul(rows, c->prototypes));
     d->dunit = fv_take(arena, out);
@@ -283,7 +284,7 @@ FvParams *fv_distill_params(FvDistill *d) {
 }
 
 FvStatus fv_distill_init(FvDistill *d, uint64_t seed, FvError *err) {
-    FV_TRY(fv_params_init(&d->params, d->be, seed, err));
+    FV_TRY(fv_params_init(&d->params, d->be, seed, NULL, err));
     d->be->ops->copy(d->be, d->student_memory, d->params.w, d->params.w + d->student_memory);
     return d->be->ops->sync(d->be, err);
 }
@@ -415,16 +416,25 @@ void fv_distill_backward(FvDistill *d, bool still) {
 
 /* --- measures and the teacher --------------------------------------------------------------- */
 
-FvStatus fv_distill_measure(FvDistill *d, double *loss, double *teacher_entropy, FvError *err) {
+void fv_distill_norm(FvDistill *d) {
+    d->be->ops->norm(d->be, d->params.trained_memory, d->params.g, d->norm);
+}
+
+void fv_distill_update(FvDistill *d, const FvAdamW *adamw) {
+    fv_params_update(&d->params, d->be, adamw, d->norm);
+}
+
+FvStatus fv_distill_measure(FvDistill *d, FvDistillMeasures *m, FvError *err) {
     const FvOps *ops = d->be->ops;
     size_t rows = row_count(d), globals = global_count(d);
     ops->download(d->be, d->host, d->loss, rows * sizeof(double));
     ops->download(d->be, d->host + rows, d->entropy, globals * sizeof(double));
-    *loss = *teacher_entropy = 0;
+    *m = (FvDistillMeasures){0};
+    ops->download(d->be, &m->norm, d->norm, sizeof m->norm);
     for (size_t i = 0; i < rows; i++)
-        *loss += d->host[i] / (pair_count(d) * (double)d->c.images);
+        m->loss += d->host[i] / (pair_count(d) * (double)d->c.images);
     for (size_t i = 0; i < globals; i++)
-        *teacher_entropy += d->host[rows + i] / (double)globals;
+        m->teacher_entropy += d->host[rows + i] / (double)globals;
     return ops->sync(d->be, err);
 }
 

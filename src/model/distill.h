@@ -4,7 +4,8 @@
  *
  * A step, see run/pretrain.c:
  *     fv_distill_load, fv_distill_forward, fv_distill_backward, average params->g and the batch
- *     centre over the ranks, update the student, fv_distill_follow */
+ *     centre over the ranks, fv_distill_norm, fv_distill_measure, fv_distill_update,
+ *     fv_distill_follow */
 #ifndef FV_MODEL_DISTILL_H
 #define FV_MODEL_DISTILL_H
 
@@ -45,9 +46,18 @@ void fv_distill_forward(FvDistill *, double teacher_temperature, double student_
 /* Gradient of the loss for the student, into params->g. With `still` the prototypes get none. */
 void fv_distill_backward(FvDistill *, bool still);
 
-/* Means over this rank's images: cross-entropy over all pairs of crops, entropy of the teacher's
- * distributions (both in nats). Waits for the step. */
-FvStatus fv_distill_measure(FvDistill *, double *loss, double *teacher_entropy, FvError *err);
+/* Norm of params->g, to be read by fv_distill_measure and fv_distill_update. */
+void fv_distill_norm(FvDistill *);
+void fv_distill_update(FvDistill *, const FvAdamW *);
+
+typedef struct FvDistillMeasures {
+    double loss, teacher_entropy; /* nats; means over this rank's images: cross-entropy over all
+                                     pairs of crops, entropy of the teacher's distributions */
+    double norm;                  /* after fv_distill_norm */
+} FvDistillMeasures;
+
+/* Waits for the step. */
+FvStatus fv_distill_measure(FvDistill *, FvDistillMeasures *, FvError *err);
 
 /* Mean of the teacher's outputs over this step's crops [prototypes], in the backend's memory: to be
  * averaged over the ranks before fv_distill_follow. */

@@ -56,9 +56,12 @@ void fv_params_bind(FvParams *table, real *w, real *g, real *m, real *v) {
     }
 }
 
-FvStatus fv_params_init(FvParams *table, FvBackend *be, uint64_t seed, FvError *err) {
+FvStatus fv_params_init(FvParams *table, FvBackend *be, uint64_t seed, const bool *set,
+                        FvError *err) {
     for (size_t i = 0; i < table->count; i++) {
         const FvParam *p = &table->list[i];
+        if (set && set[i])
+            continue;
         real *values = calloc(p->count, sizeof *values);
         if (!values)
             return FV_FAIL(err, FV_DEVICE, "out of memory for the start values of %s", p->name);

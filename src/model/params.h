@@ -58,8 +58,9 @@ void fv_params_add(FvParams *, FvWeight *weight, FvRole, FvInit, double value, c
 void fv_params_bind(FvParams *, real *w, real *g, real *m, real *v);
 
 /* Start values: parameter `name` of a seed is a function of (seed, name) alone, so that all
- * experiments of one seed start from the same weights. */
-FvStatus fv_params_init(FvParams *, FvBackend *, uint64_t seed, FvError *);
+ * experiments of one seed start from the same weights. Those marked in `set` [count] have theirs
+ * already; NULL: none has. */
+FvStatus fv_params_init(FvParams *, FvBackend *, uint64_t seed, const bool *set, FvError *);
 
 const FvParam *fv_params_find(const FvParams *, const char *name);
 

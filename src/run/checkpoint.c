@@ -19,9 +19,9 @@ struct FvCheckpointer {
     FvParams *params;
     FvBackend *be;
     real *state;       /* host copy of one block element after the other, in tensor order */
-    FvTensor *tensors; /* weights, then moments of what is trained, then the history's */
+    FvTensor *tensors; /* weights, then moments of what is trained, then the caller's */
     char (*names)[STATE_NAME];
-    size_t weights, count; /* tensors: weights only, with moments */
+    size_t weights, count, more; /* tensors: weights only, with moments; the caller's at most */
 };
 
 size_t fv_checkpointer_bytes(size_t parameters, size_t trained) {
@@ -49,15 +49,15 @@ static void list_tensors(FvCheckpointer *c, FvBlock block, real **next) {
     }
 }
 
-FvStatus fv_checkpointer_create(const char *folder, const char *study, FvModel *model,
-                                FvBackend *be, FvCheckpointer **out, FvError *err) {
-    FvParams *params = fv_model_params(model);
+FvStatus fv_checkpointer_create(const char *folder, const char *study, FvParams *params,
+                                FvBackend *be, size_t more, FvCheckpointer **out, FvError *err) {
     FvCheckpointer *c = calloc(1, sizeof *c);
     if (!c)
         return FV_FAIL(err, FV_DEVICE, "out of memory for checkpoints of %s", folder);
-    size_t most = 3 * params->count + FV_HISTORY_TENSORS;
+    size_t most = 3 * params->count + more;
     c->params = params;
     c->be = be;
+    c->more = more;
     c->study = strdup(study);
     c->state = malloc(fv_checkpointer_bytes(params->total, params->trained));
     c->tensors = calloc(most, sizeof *c->tensors);
@@ -151,12 +151,13 @@ static FvStatus remove_old(const FvCheckpointer *c, FvError *err) {
     return FV_OK;
 }
 
-FvStatus fv_checkpoint_save(FvCheckpointer *c, const FvHistory *history, uint64_t step,
-                            size_t *bytes, FvError *err) {
+FvStatus fv_checkpoint_save(FvCheckpointer *c, const FvTensor *more, size_t more_count,
+                            uint64_t step, size_t *bytes, FvError *err) {
     char path[FV_PATH], text[32];
     FV_TRY(exchange_all(c, true, err));
     FV_TRY(fv_make_folder(c->folder, err));
-    size_t count = c->count + fv_history_tensors(history, c->tensors + c->count);
+    size_t count = c->count + (more_count < c->more ? more_count : c->more);
+    memcpy(c->tensors + c->count, more, (count - c->count) * sizeof *more);
     snprintf(text, sizeof text, "%" PRIu64, step);
     FvMeta meta[] = {{"format", "fovea-checkpoint-1"}, {"step", text}, {"study", c->study}};
     checkpoint_path(c, step, path);
@@ -180,7 +181,7 @@ static bool same_shape(const FvTensor *a, const FvTensor *b) {
 }
 
 static FvStatus read_state(FvCheckpointer *c, const FvTensorFile *file, const char *path,
-                           FvHistory *history, FvError *err) {
+                           FvError *err) {
     const char *study = fv_tensors_metadata(file, "study");
     FV_TRY(fv_tensors_verify(file, err));
     if (!study || strcmp(study, c->study) != 0)
@@ -194,20 +195,24 @@ static FvStatus read_state(FvCheckpointer *c, const FvTensorFile *file, const ch
         fv_tensor_read_real(t, 0, t->count,
                             c->state + ((const real *)c->tensors[i].data - c->state));
     }
-    FV_TRY(fv_history_read(history, file, err));
-    return exchange_all(c, false, err);
+    return FV_OK;
 }
 
-static FvStatus load_one(FvCheckpointer *c, const char *path, FvHistory *history, FvError *err) {
+static FvStatus load_one(FvCheckpointer *c, const char *path, uint64_t step,
+                         FvCheckpointReader *read, void *context, FvError *err) {
     FvTensorFile *file;
     FV_TRY(fv_tensors_open(path, &file, err));
-    FvStatus status = read_state(c, file, path, history, err);
+    FvStatus status = read_state(c, file, path, err);
+    if (status == FV_OK)
+        status = read(context, file, step, err);
+    if (status == FV_OK)
+        status = exchange_all(c, false, err);
     fv_tensors_close(file);
     return status;
 }
 
-FvStatus fv_checkpoint_load(FvCheckpointer *c, FvHistory *history, uint64_t *step, char *note,
-                            size_t note_size, FvError *err) {
+FvStatus fv_checkpoint_load(FvCheckpointer *c, FvCheckpointReader *read, void *context,
+                            uint64_t *step, char *note, size_t note_size, FvError *err) {
     struct dirent **names = NULL;
     *step = 0;
     snprintf(note, note_size, "%s", "");
@@ -224,7 +229,7 @@ FvStatus fv_checkpoint_load(FvCheckpointer *c, FvHistory *history, uint64_t *ste
         if (!step_of(names[i]->d_name, &found))
             continue;
         checkpoint_path(c, found, path);
-        status = load_one(c, path, history, &why);
+        status = load_one(c, path, found, read, context, &why);
         if (status == FV_OK)
             *step = found;
         else if (status == FV_DATA)
@@ -236,43 +241,4 @@ FvStatus fv_checkpoint_load(FvCheckpointer *c, FvHistory *history, uint64_t *ste
     if (status != FV_OK && status != FV_DATA)
         return FV_FAIL(err, status, "%s: checkpoint cannot be read", c->folder);
     return FV_OK;
-}
-
-static FvStatus set_params(const FvTensorFile *file, const char *path, FvModel *model,
-                           FvBackend *be, size_t *count, FvError *err) {
-    FvParams *params = fv_model_params(model);
-    *count = 0;
-    for (size_t i = 0; i < params->count; i++) {
-        const FvParam *p = &params->list[i];
-        const FvTensor *t = fv_tensors_find(file, p->name);
-        if (!t)
-            continue;
-        if (t->rank != p->rank || memcmp(t->shape, p->shape, p->rank * sizeof *p->shape) != 0)
-            return FV_FAIL(err, FV_DATA,
-                           "%s: %s has another shape than the model's (fovea info STUDY lists "
-                           "them)",
-                           path, p->name);
-        FV_TRY(fv_tensors_readable(file, t, err));
-        real *values = malloc(fv_mul(p->count, sizeof *values));
-        if (!values)
-            return FV_FAIL(err, FV_DEVICE, "out of memory for %s", p->name);
-        fv_tensor_read_real(t, 0, t->count, values);
-        FvStatus status = fv_params_set(params, be, p, FV_BLOCK_W, values, err);
-        free(values);
-        FV_TRY(status);
-        ++*count;
-    }
-    if (*count == 0)
-        return FV_FAIL(err, FV_DATA, "%s: holds no parameter of this model (fovea info STUDY %s)",
-                       path, path);
-    return FV_OK;
-}
-
-FvStatus fv_weights_load(const char *path, FvModel *model, FvBackend *be, size_t *count,
-                         FvError *err) {
-    FvTensorFile *file;
-    FV_TRY(fv_tensors_open(path, &file, err));
-    FvStatus status = set_params(file, path, model, be, count, err);
-    fv_tensors_close(file);
-    return status;
 }

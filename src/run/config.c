@@ -12,15 +12,8 @@
 
 /* --- the table ------------------------------------------------------------------------------ */
 
-#define ROW(kind, key, low, high, choices, help)                                                   \
-    {#key, help, FV_KEY_##kind, offsetof(FvConfig, key), low, high, choices},
-#define ROW_size(key, low, high, help) ROW(size, key, low, high, NULL, help)
-#define ROW_real(key, low, high, help) ROW(real, key, low, high, NULL, help)
-#define ROW_flag(key, low, high, help) ROW(flag, key, low, high, NULL, help)
-#define ROW_text(key, low, high, help) ROW(text, key, 0, high, low, help)
-
 static const FvKey keys[] = {
-#define X(kind, key, value, low, high, help) ROW_##kind(key, low, high, help)
+#define X(kind, key, value, low, high, help) FV_KEY_ROW_##kind(FvConfig, key, low, high, help)
     FV_CONFIG_KEYS(X)
 #undef X
         {NULL, NULL, FV_KEY_size, 0, 0, 0, NULL}};
@@ -43,15 +36,21 @@ static const struct {
 
 enum { SEED_PRESET_COUNT = sizeof seed_preset / sizeof *seed_preset };
 
+static const FvKeys study_keys = {keys, &defaults};
+
+const FvKey *fv_keys_find(const FvKeys *table, const char *name) {
+    for (const FvKey *key = table->list; key->name; key++)
+        if (strcmp(key->name, name) == 0)
+            return key;
+    return NULL;
+}
+
 const FvKey *fv_config_keys(void) {
     return keys;
 }
 
 const FvKey *fv_config_find(const char *name) {
-    for (const FvKey *key = keys; key->name; key++)
-        if (strcmp(key->name, name) == 0)
-            return key;
-    return NULL;
+    return fv_keys_find(&study_keys, name);
 }
 
 const FvConfig *fv_config_defaults(void) {
@@ -147,7 +146,7 @@ static const char *flag_word(const FvKey *key, bool value) {
     return value ? "true" : "false";
 }
 
-void fv_config_format(const FvConfig *config, const FvKey *key, char *out, size_t size) {
+void fv_config_format(const void *config, const FvKey *key, char *out, size_t size) {
     const void *field = (const char *)config + key->offset;
     switch (key->kind) {
     case FV_KEY_size:
@@ -186,10 +185,10 @@ static const char *allowed(const FvKey *key, char out[ALLOWED]) {
     return out;
 }
 
-static FvStatus refuse(const FvKey *key, const char *text, const char *where, const char *why,
-                       FvError *err) {
+static FvStatus refuse(const FvKeys *table, const FvKey *key, const char *text, const char *where,
+                       const char *why, FvError *err) {
     char range[ALLOWED], shown[64], value[FV_TEXT];
-    fv_config_format(&defaults, key, value, sizeof value);
+    fv_config_format(table->defaults, key, value, sizeof value);
     return FV_FAIL(err, FV_USAGE, "%s: %s: \"%s\" %s; allowed: %s, default %s", where, key->name,
                    fv_shown(text, shown, sizeof shown), why, allowed(key, range),
                    *value ? value : "\"\"");
@@ -248,41 +247,47 @@ static bool is_choice(const char *choices, const char *text) {
     return false;
 }
 
-static FvStatus set_text(void *field, const FvKey *key, const char *text, const char *where,
-                         FvError *err) {
+static FvStatus set_text(const FvKeys *table, void *field, const FvKey *key, const char *text,
+                         const char *where, FvError *err) {
     if (*key->choices && !is_choice(key->choices, text))
-        return refuse(key, text, where, "is none of the choices", err);
+        return refuse(table, key, text, where, "is none of the choices", err);
     if (strlen(text) >= FV_TEXT)
-        return refuse(key, text, where, "is longer than 511 bytes", err);
+        return refuse(table, key, text, where, "is longer than 511 bytes", err);
     if (!fv_printable(text))
-        return refuse(key, text, where, "is not UTF-8 text on one line", err);
+        return refuse(table, key, text, where, "is not UTF-8 text on one line", err);
     memcpy(field, text, strlen(text) + 1);
+    return FV_OK;
+}
+
+FvStatus fv_keys_set(const FvKeys *table, void *values, const FvKey *key, const char *text,
+                     const char *where, FvError *err) {
+    void *field = (char *)values + key->offset;
+    double value = 0;
+    switch (key->kind) {
+    case FV_KEY_size:
+        if (!parse_size(text, field))
+            return refuse(table, key, text, where, "is not a whole number", err);
+        value = (double)*(size_t *)field;
+        break;
+    case FV_KEY_real:
+        if (!parse_real(text, field))
+            return refuse(table, key, text, where, "is not a number", err);
+        value = *(double *)field;
+        break;
+    case FV_KEY_flag:
+        return parse_flag(text, field) ? FV_OK
+                                       : refuse(table, key, text, where, "is no switch", err);
+    case FV_KEY_text:
+        return set_text(table, field, key, text, where, err);
+    }
+    if (!(value >= key->low && value <= key->high))
+        return refuse(table, key, text, where, "is out of range", err);
     return FV_OK;
 }
 
 FvStatus fv_config_set(FvConfig *config, const FvKey *key, const char *text, const char *where,
                        FvError *err) {
-    void *field = (char *)config + key->offset;
-    double value = 0;
-    switch (key->kind) {
-    case FV_KEY_size:
-        if (!parse_size(text, field))
-            return refuse(key, text, where, "is not a whole number", err);
-        value = (double)*(size_t *)field;
-        break;
-    case FV_KEY_real:
-        if (!parse_real(text, field))
-            return refuse(key, text, where, "is not a number", err);
-        value = *(double *)field;
-        break;
-    case FV_KEY_flag:
-        return parse_flag(text, field) ? FV_OK : refuse(key, text, where, "is no switch", err);
-    case FV_KEY_text:
-        return set_text(field, key, text, where, err);
-    }
-    if (!(value >= key->low && value <= key->high))
-        return refuse(key, text, where, "is out of range", err);
-    return FV_OK;
+    return fv_keys_set(&study_keys, config, key, text, where, err);
 }
 
 void fv_config_preset(FvConfig *config) {
@@ -349,6 +354,9 @@ FvStatus fv_config_check(const FvConfig *c, FvError *err) {
                        c->warmup_steps, c->steps);
     if (!*c->data)
         return FV_FAIL(err, FV_USAGE, "data is empty: \"procedural\" or the path of a clips.h5");
+    if (!*c->dino_from || !*c->lm_from)
+        return FV_FAIL(err, FV_USAGE, "%s is empty: a file, a folder, none or auto is needed",
+                       *c->dino_from ? "lm_from" : "dino_from");
     if (procedural && c->clips_train < c->batch)
         return FV_FAIL(err, FV_USAGE, "clips_train %zu: must not be less than batch %zu",
                        c->clips_train, c->batch);
@@ -366,7 +374,8 @@ static const struct {
     const char *key, *heading;
 } groups[] = {{"scale", "what is run"},         {"data", "data"},
               {"temperature", "interventions"}, {"lr", "optimizer"},
-              {"eval_every", "what is kept"},   {"patch", "sizes of the model"}};
+              {"eval_every", "what is kept"},   {"dino_from", "start values"},
+              {"patch", "sizes of the model"}};
 
 enum { HELP_COLUMNS = 100 };
 
@@ -389,18 +398,23 @@ static size_t print_wrapped(const char *text, size_t at, size_t indent) {
     return at;
 }
 
-void fv_config_print_help(void) {
-    char value[FV_TEXT], range[ALLOWED], pair[64];
-    for (const FvKey *key = keys; key->name; key++) {
-        for (size_t i = 0; i < sizeof groups / sizeof *groups; i++)
+void fv_keys_print_help(const FvKeys *table) {
+    char value[FV_TEXT], range[ALLOWED];
+    for (const FvKey *key = table->list; key->name; key++) {
+        for (size_t i = 0; table == &study_keys && i < sizeof groups / sizeof *groups; i++)
             if (strcmp(groups[i].key, key->name) == 0)
                 printf("%s\n", groups[i].heading);
-        fv_config_format(&defaults, key, value, sizeof value);
+        fv_config_format(table->defaults, key, value, sizeof value);
         int column = printf("  %-18s  %-10s  %-16s  ", key->name, *value ? value : "\"\"",
                             allowed(key, range));
         print_wrapped(key->help, (size_t)column, (size_t)column);
         putchar('\n');
     }
+}
+
+void fv_config_print_help(void) {
+    char pair[64];
+    fv_keys_print_help(&study_keys);
     printf("scale: seed\n  ");
     size_t at = 2;
     for (size_t i = 0; i < SEED_PRESET_COUNT; i++) {

@@ -59,7 +59,15 @@
     X(size, map_clips, 4, 0, 1024, "held-out clips whose attention maps are kept")                 \
     X(size, checkpoint_steps, 500, 1, 100000000, "steps between checkpoints")                      \
     X(real, checkpoint_seconds, 60, 0.01, 1e9, "seconds between checkpoints")                      \
-    X(text, init_from, "", "", 0, "safetensors file that sets parameters by name at the start")    \
+    /* start values */                                                                             \
+    X(text, dino_from, "auto", "", 0,                                                              \
+      "DINOv2 encoder to start from: a safetensors file, a Hugging Face folder or the name of "    \
+      "one in models/; none: random weights; auto: what models/ has for the scale")                \
+    X(text, lm_from, "auto", "", 0, "Llama language model to start from, likewise")                \
+    X(text, pos_interp, "hf", "hf|meta", 0,                                                        \
+      "resizing of the encoder's position table: as transformers or as the original DINOv2")       \
+    X(text, init_from, "", "", 0,                                                                  \
+      "safetensors file that sets any parameters by name, over the others")                        \
     /* sizes of the model */                                                                       \
     X(size, patch, 8, 1, 1024, "pixels per patch side")                                            \
     X(size, dino_width, 64, 1, 65536, "encoder width")                                             \
@@ -102,15 +110,41 @@ typedef enum FvKeyKind { FV_KEY_size, FV_KEY_real, FV_KEY_flag, FV_KEY_text } Fv
 typedef struct FvKey {
     const char *name, *help;
     FvKeyKind kind;
-    size_t offset;       /* into FvConfig */
+    size_t offset;       /* into the struct that holds the values: FvConfig for a study's keys */
     double low, high;    /* numbers */
     const char *choices; /* text: "a|b|c", or "" for any */
 } FvKey;
 
-/* The table in the order above; ends with name NULL. */
-const FvKey *fv_config_keys(void);
+/* Rows of a table of keys for a struct of fields that X lines as those above declare. */
+#define FV_KEY_ROW(type, kind, key, low, high, choices, help)                                      \
+    {#key, help, FV_KEY_##kind, offsetof(type, key), low, high, choices},
+#define FV_KEY_ROW_size(type, key, low, high, help)                                                \
+    FV_KEY_ROW(type, size, key, low, high, NULL, help)
+#define FV_KEY_ROW_real(type, key, low, high, help)                                                \
+    FV_KEY_ROW(type, real, key, low, high, NULL, help)
+#define FV_KEY_ROW_flag(type, key, low, high, help)                                                \
+    FV_KEY_ROW(type, flag, key, low, high, NULL, help)
+#define FV_KEY_ROW_text(type, key, low, high, help) FV_KEY_ROW(type, text, key, 0, high, low, help)
+
+/* A table of keys, ended by name NULL, and the struct of their defaults. */
+typedef struct FvKeys {
+    const FvKey *list;
+    const void *defaults;
+} FvKeys;
 
 /* The key of that name; NULL when there is none. */
+const FvKey *fv_keys_find(const FvKeys *, const char *name);
+
+/* Sets a key from text. FV_USAGE tells `where` ("file:line", "command line: ..."), key, text, what
+ * is allowed and the default. */
+FvStatus fv_keys_set(const FvKeys *, void *values, const FvKey *, const char *text,
+                     const char *where, FvError *);
+
+/* Prints every key with its default, range and help (for --help). */
+void fv_keys_print_help(const FvKeys *);
+
+/* The study's keys in the order above; ends with name NULL. */
+const FvKey *fv_config_keys(void);
 const FvKey *fv_config_find(const char *name);
 
 /* The defaults of the table, with scale still "auto". */
@@ -119,8 +153,7 @@ const FvConfig *fv_config_defaults(void);
 /* Sets the keys of the preset of config->scale: those of "seed"; "small" is the table itself. */
 void fv_config_preset(FvConfig *);
 
-/* Sets a key from text. FV_USAGE tells `where` ("file:line", "command line: ..."), key, text, what
- * is allowed and the default. */
+/* fv_keys_set for a study's key. */
 FvStatus fv_config_set(FvConfig *, const FvKey *, const char *text, const char *where, FvError *);
 
 /* Refuses values that are allowed each alone but not together, sizes of the model included. The
@@ -146,9 +179,9 @@ bool fv_printable(const char *text);
 
 /* Value of a key as text (numbers with %.17g shortened where that round-trips, flags as
  * true/false; `vision` as on/off); FV_TEXT bytes hold any. */
-void fv_config_format(const FvConfig *, const FvKey *, char *out, size_t size);
+void fv_config_format(const void *values, const FvKey *, char *out, size_t size);
 
-/* Prints every key with its default, range and help (for --help). */
+/* Prints the study's keys, in groups, and what the scales set. */
 void fv_config_print_help(void);
 
 typedef struct FvExperiment {

@@ -10,12 +10,14 @@
 #include "run/evaluate.h"
 #include "run/files.h"
 #include "run/hdf5_lock.h"
+#include "run/model_folder.h"
 #include "run/outdir.h"
 #include "run/plan.h"
 #include "run/processor.h"
 #include "run/ranking.h"
 #include "run/sha256.h"
 #include "run/train.h"
+#include "run/weights.h"
 
 /* Everything one rank holds during a study. */
 typedef struct Session {
@@ -32,7 +34,7 @@ typedef struct Session {
     const char **name_list;
     char *hosts;
     char libraries[512], start[32];
-    char *weights, *weights_sha256; /* init_from files and their sums, one a line */
+    char *weights, *weights_sha256; /* files of start values and their sums, one a line */
     size_t memory_before;           /* bytes held before the study's own */
     FvGroup group;
     FvDisplay *display;
@@ -147,7 +149,12 @@ static FvStatus check_experiment(const Session *s, size_t e, const FvDataInfo *d
     if (strcmp(c->text, "captions") == 0 && data->max_tokens == 0)
         return FV_FAIL(err, FV_DATA, "%s: has no /tokens, and %s has text: captions; use text=none",
                        c->data, s->study.experiments[e].name);
-    return fv_plan_job(c, s->in->options.ranks_per_experiment, data, &plan, err);
+    FV_TRY(fv_plan_job(c, s->in->options.ranks_per_experiment, data, &plan, err));
+    FvParams params;
+    FV_TRY(fv_model_declare(&plan.model, &params, err));
+    FvStatus status = fv_weights_check(c, &params, err);
+    fv_params_free(&params);
+    return status;
 }
 
 static FvStatus open_data(Session *s, FvError *err) {
@@ -246,9 +253,14 @@ static void tell_study(Session *s) {
     fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
                    s->info[0]->source, s->info[0]->count[FV_TRAIN], s->info[0]->count[FV_HELD_OUT],
                    s->info[0]->latents);
-    if (!c->init_from[0])
-        fv_display_log(s->display, "the encoder starts untrained (no init_from): what freeze_dino "
-                                   "preserves here is a random encoder, not a pretrained one");
+    if (strcmp(c->dino_from, "none") != 0)
+        fv_display_log(s->display, "encoder: starts from %s", c->dino_from);
+    else if (!c->init_from[0])
+        fv_display_log(s->display,
+                       "the encoder starts untrained (dino_from: none): what freeze_dino "
+                       "preserves here is a random encoder, not a pretrained one");
+    if (strcmp(c->lm_from, "none") != 0)
+        fv_display_log(s->display, "language model: starts from %s", c->lm_from);
     fv_display_log(s->display, "results: %s/results.h5", s->out);
 }
 
@@ -342,29 +354,50 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
     return status;
 }
 
-/* The files that experiments start from, each named once. */
+/* The files that an experiment starts from; "" for none. */
+static FvStatus list_weights(const FvConfig *c, char paths[3][FV_TEXT], FvError *err) {
+    const char *const models[] = {c->dino_from, c->lm_from};
+    char config[FV_TEXT];
+    memset(paths, 0, 3 * FV_TEXT);
+    for (size_t i = 0; i < 2; i++)
+        if (strcmp(models[i], "none") != 0)
+            FV_TRY(fv_folder_find(models[i], paths[i], config, err));
+    memcpy(paths[2], c->init_from, FV_TEXT);
+    return FV_OK;
+}
+
+/* Adds a line to a text that has room for it. */
+static void add_line(char *text, size_t room, const char *line) {
+    size_t used = strlen(text);
+    snprintf(text + used, room - used, "%s%s", used ? "\n" : "", line);
+}
+
+static bool has_line(const char *text, const char *line) {
+    size_t n = strlen(line);
+    for (const char *at = text; (at = strstr(at, line)); at += n)
+        if ((at == text || at[-1] == '\n') && (at[n] == '\n' || at[n] == '\0'))
+            return true;
+    return false;
+}
+
+/* All files that experiments start from, each named once, and their sums. */
 static FvStatus note_weights(Session *s, FvError *err) {
     size_t n = s->study.experiment_count;
-    const size_t room[2] = {fv_mul(n + 1, FV_TEXT), fv_mul(n + 1, FV_SHA256_TEXT)};
-    size_t used[2] = {0, 0};
+    const size_t room[2] = {fv_mul3(3, n + 1, FV_TEXT), fv_mul3(3, n + 1, FV_SHA256_TEXT)};
     s->weights = calloc(room[0], 1);
     s->weights_sha256 = calloc(room[1], 1);
     if (!s->weights || !s->weights_sha256)
         return FV_FAIL(err, FV_DEVICE, "out of memory for %zu weights files", n);
     for (size_t e = 0; e < n; e++) {
-        const char *path = s->study.experiments[e].config.init_from;
-        char sum[FV_SHA256_TEXT];
-        bool known = !path[0];
-        for (size_t f = 0; f < e; f++)
-            known = known || strcmp(path, s->study.experiments[f].config.init_from) == 0;
-        if (known)
-            continue;
-        FV_TRY(fv_sha256_file(path, sum, err));
-        const char *separator = used[0] ? "\n" : "";
-        used[0] +=
-            (size_t)snprintf(s->weights + used[0], room[0] - used[0], "%s%s", separator, path);
-        used[1] += (size_t)snprintf(s->weights_sha256 + used[1], room[1] - used[1], "%s%s",
-                                    separator, sum);
+        char paths[3][FV_TEXT], sum[FV_SHA256_TEXT];
+        FV_TRY(list_weights(&s->study.experiments[e].config, paths, err));
+        for (size_t i = 0; i < 3; i++) {
+            if (!paths[i][0] || has_line(s->weights, paths[i]))
+                continue;
+            FV_TRY(fv_sha256_file(paths[i], sum, err));
+            add_line(s->weights, room[0], paths[i]);
+            add_line(s->weights_sha256, room[1], sum);
+        }
     }
     return FV_OK;
 }

@@ -34,6 +34,10 @@ FvStatus fv_file_write(const char *path, const FvBytes *parts, size_t count, FvE
  * a folder that is not there holds none. */
 FvStatus fv_remove_temporaries(const char *folder, FvError *err);
 
+/* Path of a file that belongs to the program (configs/..., models/...): `relative` where it is
+ * there from the current folder, else in the program's own folder. */
+void fv_beside_program(const char *relative, char out[FV_PATH]);
+
 /* Replaces every byte that is no part of valid UTF-8 (RFC 3629) by '?', in place. */
 void fv_utf8_clean(char *text);
 

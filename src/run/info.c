@@ -7,6 +7,7 @@
 #include "model/model.h"
 #include "run/config.h"
 #include "run/safetensors.h"
+#include "run/weights.h"
 
 static void print_shape(size_t rank, const size_t *shape) {
     char text[96] = "[";
@@ -38,49 +39,48 @@ static FvStatus info_file(const char *path, FvError *err) {
     return FV_OK;
 }
 
-static bool fits(const FvTensor *t, const FvParam *p) {
-    return t->rank == p->rank && memcmp(t->shape, p->shape, p->rank * sizeof *p->shape) == 0;
+static void print_left(const char *name) {
+    char shown[FV_TEXT];
+    printf("left over: %s\n", fv_shown(name, shown, sizeof shown));
 }
 
-static void print_params(const FvParams *params, const FvTensorFile *file) {
+static FvStatus print_params(const FvParams *params, const char *from, FvError *err) {
     static const char *const roles[] = {"trained", "frozen", "unused"};
+    static const char *const fits[] = {"missing", "filled", "another shape"};
     size_t filled = 0;
-    for (size_t i = 0; i < params->count; i++) {
+    FvFit *fit = calloc(params->count + 1, sizeof *fit);
+    FvStatus status = fit ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory");
+    if (status == FV_OK && from)
+        status = fv_weights_fit(from, params, fit, print_left, err);
+    for (size_t i = 0; status == FV_OK && i < params->count; i++) {
         const FvParam *p = &params->list[i];
-        const FvTensor *t = file ? fv_tensors_find(file, p->name) : NULL;
         printf("%-64s %-8s ", p->name, roles[p->role]);
         print_shape(p->rank, p->shape);
-        if (file)
-            printf("  %s", !t ? "missing" : fits(t, p) ? "filled" : "another shape");
-        putchar('\n');
-        filled += t && fits(t, p);
+        printf("%s%s\n", from ? "  " : "", from ? fits[fit[i]] : "");
+        filled += fit[i] == FV_FIT_FILLED;
     }
+    free(fit);
+    FV_TRY(status);
     printf("%zu parameters in %zu tensors, %zu of them trained\n", params->total, params->count,
            params->trained);
-    for (size_t i = 0; file && i < fv_tensors_count(file); i++)
-        if (!fv_params_find(params, fv_tensors_at(file, i)->name))
-            printf("left over: %s\n", fv_tensors_at(file, i)->name);
-    if (file)
+    if (from)
         printf("%zu of %zu tensors would be filled\n", filled, params->count);
+    return FV_OK;
 }
 
 static FvStatus info_study(const char *path, const char *weights, const char *const *overrides,
                            size_t count, FvError *err) {
     FvStudy study;
-    FvTensorFile *file = NULL;
     FvParams params = {0};
     FvModelConfig model;
     FV_TRY(fv_study_load(path, overrides, count, "small", &study, err));
     FvStatus status = fv_config_model(&study.experiments[0].config, 1, 1, &model, err);
     if (status == FV_OK)
         status = fv_model_declare(&model, &params, err);
-    if (status == FV_OK && weights)
-        status = fv_tensors_open(weights, &file, err);
     if (status == FV_OK) {
         printf("%s, experiment %s\n", path, study.experiments[0].name);
-        print_params(&params, file);
+        status = print_params(&params, weights, err);
     }
-    fv_tensors_close(file);
     fv_params_free(&params);
     fv_study_free(&study);
     return status;

@@ -12,7 +12,7 @@
 #include "run/coordinator.h"
 #include "run/files.h"
 
-static FvStatus take_lock(const char *out, int *lock, FvError *err) {
+FvStatus fv_outdir_lock(const char *out, int *lock, FvError *err) {
     char path[FV_PATH];
     FV_TRY(fv_path(err, path, sizeof path, "%s/lock", out));
     int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
@@ -37,7 +37,7 @@ static bool ours(const char *name) {
            strncmp(name, "study.yaml", 10) == 0 || strcmp(name, "log.txt") == 0;
 }
 
-static FvStatus remove_ours(const char *folder, FvError *err) {
+FvStatus fv_outdir_clear(const char *folder, FvError *err) {
     DIR *dir = opendir(folder);
     FvStatus status = FV_OK;
     if (!dir)
@@ -60,9 +60,9 @@ static FvStatus start_over(const char *out, const FvStudy *study, FvError *err) 
     for (size_t j = 0; j < study->experiment_count * study->seed_count; j++) {
         char folder[FV_PATH];
         fv_job_folder(out, study, j, folder, sizeof folder);
-        FV_TRY(remove_ours(folder, err));
+        FV_TRY(fv_outdir_clear(folder, err));
     }
-    return remove_ours(out, err);
+    return fv_outdir_clear(out, err);
 }
 
 FvStatus fv_outdir_open(const char *out, const FvStudy *study, bool fresh, int *lock,
@@ -70,7 +70,7 @@ FvStatus fv_outdir_open(const char *out, const FvStudy *study, bool fresh, int *
     char path[FV_PATH];
     *lock = -1;
     FV_TRY(fv_make_folder(out, err));
-    FV_TRY(take_lock(out, lock, err));
+    FV_TRY(fv_outdir_lock(out, lock, err));
     FV_TRY(fv_path(err, path, sizeof path, "%s/study.yaml", out));
     return fresh || access(path, F_OK) != 0 ? FV_OK : fv_study_same(path, study, err);
 }

@@ -4,6 +4,12 @@
 
 #include "run/config.h"
 
+/* Takes the lock of a folder; FV_IO when another fovea holds it. For fv_outdir_close. */
+FvStatus fv_outdir_lock(const char *out, int *lock, FvError *err);
+
+/* Removes the files that fovea writes into a folder. */
+FvStatus fv_outdir_clear(const char *folder, FvError *err);
+
 /* Makes OUT, takes its lock (FV_IO when another fovea holds it) and, unless `fresh`, refuses
  * (FV_USAGE) a study other than the one kept in OUT/study.yaml. Changes nothing that is there.
  * *lock is for fv_outdir_close. */

@@ -101,7 +101,7 @@ static FvStatus trial(const FvModelConfig *c, size_t threads, double *step, doub
     if (status == FV_OK)
         status = fv_model_create(c, be, &m, err);
     if (status == FV_OK)
-        status = fv_params_init(fv_model_params(m), be, 0, err);
+        status = fv_params_init(fv_model_params(m), be, 0, NULL, err);
     if (status == FV_OK) {
         *step = time_steps(m, &batch, true);
         *evaluation = time_steps(m, &batch, false);

@@ -16,7 +16,7 @@ typedef struct FvProvenance { /* root attributes */
     const char *command_line, *revision, *hosts /* one line per rank */,
         *start_time /* ISO 8601 UTC */;
     const char *end_time;                 /* "" while running */
-    const char *weights, *weights_sha256; /* init_from files, "" for random start values */
+    const char *weights, *weights_sha256; /* files of start values, "" for none */
     const char *libraries;                /* versions, one line each */
 } FvProvenance;
 

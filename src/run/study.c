@@ -6,6 +6,7 @@
 #include <yaml.h>
 
 #include "run/config.h"
+#include "run/model_folder.h"
 
 enum {
     STUDY_BYTES = 1 << 18, /* longest study file */
@@ -358,21 +359,25 @@ static FvStatus apply_layers(Reader *r, const FvExperiment *e, const yaml_node_t
     return apply_overrides(r, e->name, config, err);
 }
 
-/* Applies everything twice: first to learn the scale, then over the preset of that scale. */
+/* Applies everything twice: first to learn the scale and the models to start from, then over the
+ * sizes of that scale and of those models. */
 static FvStatus resolve(Reader *r, const yaml_node_t *own, const char *auto_scale, FvExperiment *e,
                         FvError *err) {
     FvConfig *config = &e->config;
-    char scale[FV_TEXT];
+    FvConfig asked = *fv_config_defaults();
     FvError inner;
+    FV_TRY(apply_layers(r, e, own, &asked, err));
+    if (strcmp(asked.scale, "auto") == 0)
+        snprintf(asked.scale, sizeof asked.scale, "%s", auto_scale);
     *config = *fv_config_defaults();
-    FV_TRY(apply_layers(r, e, own, config, err));
-    snprintf(scale, sizeof scale, "%s",
-             strcmp(config->scale, "auto") == 0 ? auto_scale : config->scale);
-    *config = *fv_config_defaults();
-    memcpy(config->scale, scale, sizeof scale);
+    memcpy(config->scale, asked.scale, sizeof asked.scale);
+    memcpy(config->dino_from, asked.dino_from, sizeof asked.dino_from);
+    memcpy(config->lm_from, asked.lm_from, sizeof asked.lm_from);
     fv_config_preset(config);
+    fv_folder_preset(config);
     FV_TRY(apply_layers(r, e, own, config, err));
-    memcpy(config->scale, scale, sizeof scale);
+    memcpy(config->scale, asked.scale, sizeof asked.scale);
+    fv_folder_choose(config);
     if (fv_config_check(config, &inner) != FV_OK)
         return FV_FAIL(err, FV_USAGE, "%s: experiment %s: %s", r->path, e->name, inner.text);
     return FV_OK;

@@ -11,6 +11,7 @@
 #include "run/checkpoint.h"
 #include "run/evaluate.h"
 #include "run/files.h"
+#include "run/weights.h"
 
 static const double history_seconds = 3; /* between rewrites of a job's history file */
 static const double report_seconds = 0.25;
@@ -101,8 +102,10 @@ static FvStatus save_checkpoint(FvTrainer *t, FvError *err) {
     t->checkpoint_step = t->step;
     if (!is_root(t))
         return FV_OK;
-    FV_TRY(
-        fv_checkpoint_save(t->checkpointer, &t->history, t->step, &t->info.checkpoint_bytes, err));
+    FvTensor history[FV_HISTORY_TENSORS];
+    size_t count = fv_history_tensors(&t->history, history);
+    FV_TRY(fv_checkpoint_save(t->checkpointer, history, count, t->step, &t->info.checkpoint_bytes,
+                              err));
     t->info.checkpoint_seconds_last = fv_now() - start;
     return FV_OK;
 }
@@ -142,11 +145,17 @@ static FvStatus respect_shown(FvTrainer *t, FvError *err) {
     return FV_OK;
 }
 
+static FvStatus read_history(void *history, const FvTensorFile *file, uint64_t step, FvError *err) {
+    (void)step;
+    return fv_history_read(history, file, err);
+}
+
 static FvStatus restore(FvTrainer *t, FvError *err) {
     char note[512] = "";
     if (is_root(t)) {
         FV_TRY(fv_make_folder(t->folder, err));
-        FV_TRY(fv_checkpoint_load(t->checkpointer, &t->history, &t->step, note, sizeof note, err));
+        FV_TRY(fv_checkpoint_load(t->checkpointer, read_history, &t->history, &t->step, note,
+                                  sizeof note, err));
         FV_TRY(respect_shown(t, err));
         if (note[0])
             report(t, note);
@@ -341,8 +350,9 @@ static FvStatus create(FvTrainer *t, FvError *err) {
                                &t->evaluator, err));
     char study[8192];
     describe(t, study, sizeof study);
-    FV_TRY(fv_checkpointer_create(t->folder, study, t->model, t->be, &t->checkpointer, err));
-    const FvParams *params = fv_model_params(t->model);
+    FvParams *params = fv_model_params(t->model);
+    FV_TRY(fv_checkpointer_create(t->folder, study, params, t->be, FV_HISTORY_TENSORS,
+                                  &t->checkpointer, err));
     t->info.parameters = params->total;
     t->info.trained = params->trained;
     t->info.ranks = run->group->size;
@@ -352,11 +362,7 @@ static FvStatus create(FvTrainer *t, FvError *err) {
 
 static FvStatus begin(FvTrainer *t, FvError *err) {
     const FvRun *run = t->run;
-    FV_TRY(fv_params_init(fv_model_params(t->model), t->be, t->seed, err));
-    if (t->config->init_from[0]) {
-        size_t count;
-        FV_TRY(fv_weights_load(t->config->init_from, t->model, t->be, &count, err));
-    }
+    FV_TRY(fv_weights_start(t->config, fv_model_params(t->model), t->be, t->seed, err));
     FV_TRY(restore(t, err));
     FV_TRY(share(t, err));
     FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,

@@ -82,7 +82,7 @@ static void same_seed_same_weights(Fixture *a, Fixture *b) {
 
 static void start(Fixture *f, uint64_t seed) {
     FvError err = {0};
-    assert_int_equal(fv_params_init(fv_model_params(f->model), f->be, seed, &err), FV_OK);
+    assert_int_equal(fv_params_init(fv_model_params(f->model), f->be, seed, NULL, &err), FV_OK);
 }
 
 static void test_start_is_a_function_of_seed_and_name(void **state) {

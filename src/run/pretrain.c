@@ -1,0 +1,577 @@
+#include "run/pretrain.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/memory.h"
+#include "base/rng.h"
+#include "model/distill.h"
+#include "run/checkpoint.h"
+#include "run/crops.h"
+#include "run/data.h"
+#include "run/data_file.h"
+#include "run/files.h"
+#include "run/outdir.h"
+#include "run/processor.h"
+#include "run/weights.h"
+
+#define PRETRAIN_KEYS(X)                                                                           \
+    X(size, steps, 3000, 1, 100000000, "training steps")                                           \
+    X(size, batch, 64, 1, 65536, "images per step, over all ranks")                                \
+    X(size, seed, 0, 0, 4294967295, "of start weights, order and crops")                           \
+    X(size, clips, 8192, 2, 10000000, "procedural clips")                                          \
+    X(size, data_seed, 1, 0, 4294967295, "seed of the procedural clips; a study draws from 0")     \
+    X(size, frames, 4, 1, 4096, "procedural: frames per clip, of which a step takes one")          \
+    X(size, image_size, 64, 8, 4096, "procedural: pixels per side of a frame")                     \
+    X(size, crop_size, 64, 8, 4096, "pixels per side of the two large crops")                      \
+    X(size, local_size, 32, 8, 4096, "pixels per side of the small crops")                         \
+    X(size, locals, 6, 0, 64, "small crops per image")                                             \
+    X(real, crop_area, 0.4, 0.001, 1,                                                              \
+      "share of the frame's area: large crops cover more, small crops less")                       \
+    X(real, local_area, 0.05, 0.001, 1, "least share that a small crop covers")                    \
+    X(real, jitter, 0.4, 0, 1, "brightness, contrast, saturation and hue of crops")                \
+    X(real, grey, 0.1, 0, 1, "probability of a grey crop")                                         \
+    X(real, blur, 0.3, 0, 1, "probability of a blurred crop")                                      \
+    X(size, patch, 8, 1, 1024, "pixels per patch side")                                            \
+    X(size, dino_width, 64, 1, 65536, "encoder width")                                             \
+    X(size, dino_heads, 4, 1, 1024, "encoder heads")                                               \
+    X(size, dino_layers, 4, 1, 1024, "encoder layers")                                             \
+    X(size, dino_mlp, 256, 1, 1048576, "encoder MLP width")                                        \
+    X(size, head_width, 256, 1, 65536, "hidden width of the projection head")                      \
+    X(size, head_out, 64, 1, 65536, "its unit vector")                                             \
+    X(size, prototypes, 1024, 2, 1048576, "what teacher and student distribute an image over")     \
+    X(real, student_temperature, 0.1, 1e-3, 1e3, "of the student's softmax")                       \
+    X(real, teacher_temperature, 0.04, 1e-3, 1e3, "of the teacher's, after its warm-up")           \
+    X(real, teacher_temperature_start, 0.04, 1e-3, 1e3, "at the first step")                       \
+    X(size, teacher_warmup, 0, 0, 100000000, "steps from the one to the other")                    \
+    X(real, momentum, 0.99, 0, 1, "of the teacher; rises to 1 along a cosine")                     \
+    X(real, center_momentum, 0.9, 0, 1, "of the centre of the teacher's outputs")                  \
+    X(real, lr, 1e-3, 0, 1e3, "AdamW rate after the warm-up; falls along a cosine")                \
+    X(real, lr_end, 1e-6, 0, 1e3, "rate of the last step")                                         \
+    X(size, warmup_steps, 300, 0, 100000000, "linear warm-up of the rate")                         \
+    X(real, weight_decay, 0.04, 0, 1e3, "at the first step")                                       \
+    X(real, weight_decay_end, 0.4, 0, 1e3, "at the last step, along a cosine")                     \
+    X(real, clip_norm, 3, 1e-12, 1e30, "gradients are scaled down to this norm")                   \
+    X(size, still_steps, 100, 0, 100000000, "first steps, in which the prototypes do not learn")   \
+    X(size, checkpoint_steps, 1000, 1, 100000000, "steps between checkpoints")                     \
+    X(real, checkpoint_seconds, 60, 0.01, 1e9, "seconds between checkpoints")
+
+typedef struct PretrainConfig {
+#define X(kind, key, value, low, high, help) FV_FIELD_##kind(key)
+    PRETRAIN_KEYS(X)
+#undef X
+} PretrainConfig;
+
+static const PretrainConfig defaults = {
+#define X(kind, key, value, low, high, help) .key = value,
+    PRETRAIN_KEYS(X)
+#undef X
+};
+
+static const FvKey key_list[] = {
+#define X(kind, key, value, low, high, help) FV_KEY_ROW_##kind(PretrainConfig, key, low, high, help)
+    PRETRAIN_KEYS(X)
+#undef X
+        {NULL, NULL, FV_KEY_size, 0, 0, 0, NULL}};
+
+static const FvKeys keys = {key_list, &defaults};
+
+/* Measures of every step. */
+#define COLUMNS(X)                                                                                 \
+    X(loss)                                                                                        \
+    X(teacher_entropy)                                                                             \
+    X(grad_norm)                                                                                   \
+    X(lr)                                                                                          \
+    X(weight_decay)                                                                                \
+    X(momentum)                                                                                    \
+    X(teacher_temperature)
+
+enum {
+#define X(name) COLUMN_##name,
+    COLUMNS(X)
+#undef X
+        COLUMN_COUNT
+};
+
+static const char *const column_names[COLUMN_COUNT] = {
+#define X(name) #name,
+    COLUMNS(X)
+#undef X
+};
+
+typedef struct Pretrain {
+    const FvInvocation *in;
+    PretrainConfig c;
+    const char *source, *out;
+    int lock; /* rank 0: of OUT */
+    FvGroup group;
+    FvData *data;
+    size_t frames, frame_size; /* of the clips: T, and pixels per side */
+    FvBackend *be;
+    FvDistill *model;
+    FvCheckpointer *checkpointer;
+    FvOrder order;
+    uint32_t *clips; /* [batch] */
+    FvBatch clip;    /* one clip */
+    uint8_t *globals, *locals;
+    double *column[COLUMN_COUNT]; /* [steps] */
+    uint64_t step, first_step;    /* steps done, at the start of this process */
+    double started, last_checkpoint, last_line;
+    uint64_t checkpoint_step;
+} Pretrain;
+
+static bool is_root(const Pretrain *p) {
+    return p->group.rank == 0;
+}
+
+static size_t share(const Pretrain *p) {
+    return p->c.batch / p->group.size;
+}
+
+void fv_pretrain_print_help(void) {
+    puts("usage: fovea pretrain procedural|CLIPS.h5 [key=value ...] [--out DIR] [--threads N]\n"
+         "       [--fresh]\n\n"
+         "Trains an encoder on single frames without labels (DINO: a student learns to say of one\n"
+         "crop what its slow average says of another) and writes DIR/config.json and\n"
+         "DIR/model.safetensors, a DINOv2 folder for dino_from. DIR: runs/pretrain. The same\n"
+         "command again goes on. Under mpirun the ranks share each step's images.\n\nkeys:");
+    fv_keys_print_help(&keys);
+}
+
+/* --- what is asked for ---------------------------------------------------------------------- */
+
+static FvStatus read_keys(Pretrain *p, FvError *err) {
+    const FvOptions *o = &p->in->options;
+    p->c = defaults;
+    for (size_t i = 0; i < o->override_count; i++) {
+        const char *argument = o->overrides[i], *equals = strchr(argument, '=');
+        char name[FV_NAME];
+        snprintf(name, sizeof name, "%.*s", (int)(equals - argument), argument);
+        const FvKey *key = fv_keys_find(&keys, name);
+        FvNearest nearest = {name, NULL, 0};
+        for (const FvKey *k = key_list; k->name; k++)
+            fv_nearest_offer(&nearest, k->name);
+        if (!key)
+            return FV_FAIL(err, FV_USAGE, "pretrain: key \"%s\" is not known%s%s%s", name,
+                           nearest.name ? "; did you mean \"" : "",
+                           nearest.name ? nearest.name : "; fovea pretrain --help lists the keys",
+                           nearest.name ? "\"?" : "");
+        FV_TRY(fv_keys_set(&keys, &p->c, key, equals + 1, "pretrain", err));
+    }
+    p->source = o->study;
+    p->out = o->out ? o->out : "runs/pretrain";
+    return FV_OK;
+}
+
+static FvStatus check_keys(const Pretrain *p, FvError *err) {
+    const PretrainConfig *c = &p->c;
+    const FvOptions *o = &p->in->options;
+    if (!p->source)
+        return FV_FAIL(err, FV_USAGE,
+                       "pretrain: name the data: procedural or a clips.h5; fovea "
+                       "pretrain --help");
+    if (o->only || o->list || o->dry_run || o->jobs_per_rank > 1 || o->ranks_per_experiment > 1)
+        return FV_FAIL(err, FV_USAGE,
+                       "pretrain takes --out, --threads, --device and --fresh; all "
+                       "ranks share the one job");
+    if (c->batch % p->in->world.size != 0)
+        return FV_FAIL(err, FV_USAGE, "pretrain: batch %zu cannot be shared equally by %zu ranks",
+                       c->batch, p->in->world.size);
+    if (!(c->local_area < c->crop_area))
+        return FV_FAIL(err, FV_USAGE, "pretrain: local_area %g must be below crop_area %g",
+                       c->local_area, c->crop_area);
+    if (c->dino_mlp % c->dino_width != 0)
+        return FV_FAIL(err, FV_USAGE,
+                       "pretrain: dino_mlp %zu must be a multiple of dino_width %zu "
+                       "(config.json holds their ratio)",
+                       c->dino_mlp, c->dino_width);
+    return FV_OK;
+}
+
+static FvStatus open_data(Pretrain *p, FvError *err) {
+    const PretrainConfig *c = &p->c;
+    FvConfig d = *fv_config_defaults();
+    snprintf(d.data, sizeof d.data, "%s", p->source);
+    snprintf(d.latents, sizeof d.latents, "blocks");
+    d.batch = c->batch;
+    d.clips_train = c->clips;
+    d.clips_held_out = 1;
+    d.data_seed = c->data_seed;
+    d.frames = c->frames;
+    d.image_size = c->image_size;
+    if (strlen(p->source) >= sizeof d.data)
+        return FV_FAIL(err, FV_USAGE, "%.100s...: path is too long", p->source);
+    if (strcmp(d.data, "procedural") != 0)
+        return FV_FAIL(err, FV_USAGE, "TODO");
+    FV_TRY(fv_data_open(&d, &p->data, err));
+    const FvDataInfo *info = fv_data_info(p->data);
+    p->frames = info->frames;
+    p->frame_size = info->size;
+    FV_TRY(fv_order_create(c->seed, info->count[FV_TRAIN], c->batch, &p->order, err));
+    return fv_batch_create(1, info, 1, &p->clip, err);
+}
+
+/* --- OUT ------------------------------------------------------------------------------------ */
+
+/* Everything that decides the result, a line each. */
+static char *describe(const Pretrain *p) {
+    size_t count = sizeof key_list / sizeof *key_list, room = fv_mul(count + 2, FV_TEXT + FV_NAME);
+    char *text = calloc(room, 1), value[FV_TEXT];
+    if (!text)
+        return NULL;
+    size_t used = (size_t)snprintf(text, room, "data: %s\n", fv_data_info(p->data)->sha256);
+    for (const FvKey *k = key_list; k->name; k++) {
+        if (strncmp(k->name, "checkpoint_", 11) == 0)
+            continue;
+        fv_config_format(&p->c, k, value, sizeof value);
+        used += (size_t)snprintf(text + used, room - used, "%s: %s\n", k->name, value);
+    }
+    return text;
+}
+
+/* What was begun in OUT with other settings is not gone on with: the first line that differs is
+ * named. */
+static FvStatus check_same(const char *path, const char *text, FvError *err) {
+    char *kept;
+    size_t size;
+    FV_TRY(fv_file_read(path, &kept, &size, err));
+    FvStatus status = FV_OK;
+    const char *a = kept, *b = text;
+    while (status == FV_OK && (*a || *b)) {
+        size_t m = strcspn(a, "\n"), n = strcspn(b, "\n");
+        if (m != n || strncmp(a, b, n) != 0)
+            status = FV_FAIL(err, FV_USAGE,
+                             "%s was begun with \"%.*s\", now \"%.*s\": use the same settings, "
+                             "another --out, or --fresh to start over",
+                             path, (int)(m > 100 ? 100 : m), a, (int)(n > 100 ? 100 : n), b);
+        a += m + (a[m] == '\n');
+        b += n + (b[n] == '\n');
+    }
+    free(kept);
+    return status;
+}
+
+static FvStatus open_out(Pretrain *p, FvError *err) {
+    char path[FV_PATH];
+    if (!is_root(p))
+        return FV_OK;
+    FV_TRY(fv_make_folder(p->out, err));
+    FV_TRY(fv_outdir_lock(p->out, &p->lock, err));
+    FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
+    if (p->in->options.fresh)
+        FV_TRY(fv_outdir_clear(p->out, err));
+    char *text = describe(p);
+    if (!text)
+        return FV_FAIL(err, FV_DEVICE, "out of memory");
+    FvStatus status = FV_OK;
+    if (!p->in->options.fresh && access(path, F_OK) == 0)
+        status = check_same(path, text, err);
+    if (status == FV_OK)
+        status = fv_file_write(path, &(FvBytes){text, strlen(text)}, 1, err);
+    free(text);
+    return status;
+}
+
+/* --- state ---------------------------------------------------------------------------------- */
+
+static size_t columns_as_tensors(const Pretrain *p, FvTensor out[COLUMN_COUNT]) {
+    for (size_t i = 0; i < COLUMN_COUNT; i++)
+        out[i] = (FvTensor){.name = column_names[i],
+                            .type = FV_F64,
+                            .rank = 1,
+                            .shape = {p->step},
+                            .count = p->step,
+                            .data = p->column[i]};
+    return COLUMN_COUNT;
+}
+
+static FvStatus read_columns(void *context, const FvTensorFile *file, uint64_t step, FvError *err) {
+    Pretrain *p = context;
+    for (size_t i = 0; i < COLUMN_COUNT; i++) {
+        const FvTensor *t = fv_tensors_find(file, column_names[i]);
+        if (!t || t->count != step || step > p->c.steps)
+            return FV_FAIL(err, FV_DATA, "%s: %s is missing or has another length",
+                           fv_tensors_path(file), column_names[i]);
+        fv_tensor_read(t, 0, t->count, p->column[i]);
+    }
+    return FV_OK;
+}
+
+/* The table of all steps so far; the whole file each time, so that a kill leaves no half line. */
+static FvStatus write_table(const Pretrain *p, FvError *err) {
+    enum { CELL = 32 };
+    size_t room = fv_mul3(p->step + 1, COLUMN_COUNT + 1, CELL), used = 0;
+    char path[FV_PATH], *text = malloc(room);
+    if (!text)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the table of %" PRIu64 " steps", p->step);
+    used += (size_t)snprintf(text, room, "step");
+    for (size_t i = 0; i < COLUMN_COUNT; i++)
+        used += (size_t)snprintf(text + used, room - used, "\t%s", column_names[i]);
+    for (uint64_t s = 0; s < p->step; s++) {
+        used += (size_t)snprintf(text + used, room - used, "\n%" PRIu64, s + 1);
+        for (size_t i = 0; i < COLUMN_COUNT; i++)
+            used += (size_t)snprintf(text + used, room - used, "\t%.9g", p->column[i][s]);
+    }
+    used += (size_t)snprintf(text + used, room - used, "\n");
+    FvStatus status = fv_path(err, path, sizeof path, "%s/pretrain.tsv", p->out);
+    if (status == FV_OK)
+        status = fv_file_write(path, &(FvBytes){text, used}, 1, err);
+    free(text);
+    return status;
+}
+
+static FvStatus save(Pretrain *p, FvError *err) {
+    p->last_checkpoint = fv_now();
+    p->checkpoint_step = p->step;
+    if (!is_root(p))
+        return FV_OK;
+    FvTensor columns[COLUMN_COUNT];
+    size_t bytes, count = columns_as_tensors(p, columns);
+    FV_TRY(fv_checkpoint_save(p->checkpointer, columns, count, p->step, &bytes, err));
+    return write_table(p, err);
+}
+
+static FvStatus restore(Pretrain *p, FvError *err) {
+    char note[512];
+    FvParams *params = fv_distill_params(p->model);
+    FV_TRY(fv_distill_init(p->model, p->c.seed, err));
+    if (is_root(p)) {
+        FV_TRY(
+            fv_checkpoint_load(p->checkpointer, read_columns, p, &p->step, note, sizeof note, err));
+        if (note[0])
+            fprintf(stderr, "pretrain: %s\n", note);
+        if (p->step > 0)
+            fprintf(stderr, "pretrain: goes on after step %" PRIu64 "\n", p->step);
+    }
+    FV_TRY(fv_group_broadcast(&p->group, 0, &p->step, sizeof p->step, err));
+    FV_TRY(fv_group_broadcast(&p->group, 0, params->w, params->memory * sizeof(real), err));
+    FV_TRY(fv_group_broadcast(&p->group, 0, params->m, params->trained_memory * sizeof(real), err));
+    return fv_group_broadcast(&p->group, 0, params->v, params->trained_memory * sizeof(real), err);
+}
+
+static FvStatus create(Pretrain *p, FvError *err) {
+    const PretrainConfig *c = &p->c;
+    size_t cores = fv_claim_cores(&p->in->world), threads = p->in->options.threads;
+    FvDistillConfig config = {.images = share(p),
+                              .size = c->crop_size,
+                              .local_size = c->local_size,
+                              .locals = c->locals,
+                              .patch = c->patch,
+                              .width = c->dino_width,
+                              .heads = c->dino_heads,
+                              .layers = c->dino_layers,
+                              .mlp = c->dino_mlp,
+                              .head_width = c->head_width,
+                              .head_out = c->head_out,
+                              .prototypes = c->prototypes};
+    FV_TRY(fv_cpu_backend_create(threads ? threads : cores, &p->be, err));
+    FV_TRY(fv_distill_create(&config, p->be, &p->model, err));
+    size_t globals = fv_mul4(FV_GLOBAL_CROPS * share(p), c->crop_size, c->crop_size, 3);
+    size_t locals = fv_mul4(fv_mul(c->locals, share(p)), c->local_size, c->local_size, 3);
+    p->clips = calloc(c->batch, sizeof *p->clips);
+    p->globals = malloc(globals);
+    p->locals = malloc(locals + 1);
+    bool ok = p->clips && p->globals && p->locals;
+    for (size_t i = 0; i < COLUMN_COUNT; i++)
+        ok = (p->column[i] = calloc(c->steps, sizeof(double))) && ok;
+    char *study = describe(p);
+    if (!ok || !study) {
+        free(study);
+        return FV_FAIL(err, FV_DEVICE, "out of memory for pretraining");
+    }
+    FvStatus status = fv_checkpointer_create(p->out, study, fv_distill_params(p->model), p->be,
+                                             COLUMN_COUNT, &p->checkpointer, err);
+    free(study);
+    return status;
+}
+
+/* --- one step ------------------------------------------------------------------------------- */
+
+/* From `start` to `end` over the steps, along half a cosine. */
+static double cosine(const Pretrain *p, double start, double end) {
+    const double pi = 3.141592653589793;
+    return end + 0.5 * (start - end) * (1 + cos(pi * (double)p->step / (double)p->c.steps));
+}
+
+static double learning_rate(const Pretrain *p) {
+    const PretrainConfig *c = &p->c;
+    double warm = (double)(p->step + 1) / (double)(c->warmup_steps + 1);
+    return p->step < c->warmup_steps ? c->lr * warm : cosine(p, c->lr, c->lr_end);
+}
+
+static double teacher_temperature(const Pretrain *p) {
+    const PretrainConfig *c = &p->c;
+    double part = p->step < c->teacher_warmup ? (double)p->step / (double)c->teacher_warmup : 1;
+    return c->teacher_temperature_start +
+           part * (c->teacher_temperature - c->teacher_temperature_start);
+}
+
+/* The crops of this rank's images; image i of step s draws from a stream of its own, whatever the
+ * number of ranks. */
+static FvStatus draw_crops(Pretrain *p, FvError *err) {
+    const PretrainConfig *c = &p->c;
+    size_t images = share(p), first = p->group.rank * images;
+    size_t global = c->crop_size * c->crop_size * 3, local = c->local_size * c->local_size * 3;
+    const FvCropRecipe large = {c->crop_area, 1, c->jitter, c->grey, c->blur};
+    const FvCropRecipe small = {c->local_area, c->crop_area, c->jitter, c->grey, c->blur};
+    uint64_t stream = fv_random(fv_stream(c->seed, "crops"), p->step);
+    fv_order_step(&p->order, p->step, p->clips);
+    for (size_t i = 0; i < images; i++) {
+        uint64_t key = fv_random(stream, first + i);
+        FV_TRY(fv_data_read(p->data, FV_TRAIN, p->clips[first + i], &p->clip, 0, err));
+        size_t frame = (size_t)fv_random_below(key, 0, p->frames);
+        const uint8_t *pixels = p->clip.pixels + frame * p->frame_size * p->frame_size * 3;
+        for (size_t g = 0; g < FV_GLOBAL_CROPS; g++)
+            fv_crop(pixels, p->frame_size, &large, fv_random(key, 1 + g), c->crop_size,
+                    p->globals + (g * images + i) * global);
+        for (size_t l = 0; l < c->locals; l++)
+            fv_crop(pixels, p->frame_size, &small, fv_random(key, 1 + FV_GLOBAL_CROPS + l),
+                    c->local_size, p->locals + (l * images + i) * local);
+    }
+    fv_distill_load(p->model, p->globals, p->locals);
+    return FV_OK;
+}
+
+static void record(Pretrain *p, const double *means, double norm, const FvAdamW *adamw,
+                   double momentum) {
+    const double values[COLUMN_COUNT] = {
+        means[0], means[1], norm, adamw->lr, adamw->weight_decay, momentum, teacher_temperature(p)};
+    for (size_t i = 0; i < COLUMN_COUNT; i++)
+        p->column[i][p->step] = values[i];
+}
+
+/* One step of student and teacher. */
+static FvStatus train_step(Pretrain *p, bool *stop, FvError *err) {
+    const PretrainConfig *c = &p->c;
+    FvDistill *m = p->model;
+    FvParams *params = fv_distill_params(m);
+    FvDistillMeasures measures;
+
+    FV_TRY(draw_crops(p, err));
+    fv_distill_forward(m, teacher_temperature(p), c->student_temperature);
+    fv_distill_backward(m, p->step < c->still_steps);
+    FV_TRY(fv_group_average(&p->group, 0, params->g, params->trained_memory, err));
+    FV_TRY(fv_group_average(&p->group, 0, fv_distill_batch_center(m), c->prototypes, err));
+    fv_distill_norm(m);
+    FV_TRY(fv_distill_measure(m, &measures, err));
+    double means[3] = {measures.loss, measures.teacher_entropy, *p->in->stop ? 1 : 0};
+    FV_TRY(fv_group_sum(&p->group, 0, means, 3, err));
+    for (size_t i = 0; i < 3; i++)
+        means[i] /= (double)p->group.size;
+    if (!isfinite(means[0]) || !isfinite(measures.norm))
+        return FV_FAIL(err, FV_JOB,
+                       "pretrain: step %" PRIu64 ": loss %g, gradient norm %g: not "
+                       "finite; lower lr",
+                       p->step + 1, means[0], measures.norm);
+    FvAdamW adamw = {.lr = learning_rate(p),
+                     .beta1 = 0.9,
+                     .beta2 = 0.999,
+                     .eps = 1e-8,
+                     .weight_decay = cosine(p, c->weight_decay, c->weight_decay_end),
+                     .clip_norm = c->clip_norm,
+                     .step = p->step + 1};
+    double momentum = cosine(p, c->momentum, 1);
+    fv_distill_update(m, &adamw);
+    fv_distill_follow(m, momentum, c->center_momentum);
+    record(p, means, measures.norm, &adamw, momentum);
+    p->step++;
+    *stop = means[2] > 0;
+    return FV_OK;
+}
+
+/* --- the whole ------------------------------------------------------------------------------ */
+
+static void tell(Pretrain *p) {
+    const double seconds = 5;
+    if (!is_root(p) || (fv_now() - p->last_line < seconds && p->step < p->c.steps))
+        return;
+    p->last_line = fv_now();
+    double rate = (double)(p->step - p->first_step) / (p->last_line - p->started);
+    fprintf(stderr,
+            "pretrain: step %" PRIu64 "/%zu, loss %.4f, teacher entropy %.3f, %.1f images/s\n",
+            p->step, p->c.steps, p->column[COLUMN_loss][p->step - 1],
+            p->column[COLUMN_teacher_entropy][p->step - 1], rate * (double)p->c.batch);
+}
+
+static FvStatus train(Pretrain *p, FvError *err) {
+    bool stop = false;
+    FV_TRY(restore(p, err));
+    p->first_step = p->checkpoint_step = p->step;
+    p->started = p->last_checkpoint = p->last_line = fv_now();
+    while (p->step < p->c.steps && !stop) {
+        FV_TRY(train_step(p, &stop, err));
+        tell(p);
+        if (p->step - p->checkpoint_step >= p->c.checkpoint_steps || stop ||
+            fv_now() - p->last_checkpoint >= p->c.checkpoint_seconds || p->step == p->c.steps)
+            FV_TRY(save(p, err));
+    }
+    if (p->step < p->c.steps)
+        return FV_FAIL(err, FV_STOPPED, "stopped after step %" PRIu64 "; the same command goes on",
+                       p->step);
+    if (!is_root(p))
+        return FV_OK;
+    FvDinoSizes sizes = {.image_size = p->c.crop_size,
+                         .patch = p->c.patch,
+                         .width = p->c.dino_width,
+                         .heads = p->c.dino_heads,
+                         .layers = p->c.dino_layers,
+                         .mlp = p->c.dino_mlp};
+    return fv_weights_write_dino(p->out, &sizes, fv_distill_params(p->model), "teacher.", p->be,
+                                 err);
+}
+
+#define TOGETHER(call)                                                                             \
+    do {                                                                                           \
+        FvStatus agreed_ = fv_world_agree(&p->in->world, (call), speaker);                         \
+        if (agreed_ != FV_OK)                                                                      \
+            return agreed_;                                                                        \
+    } while (0)
+
+static FvStatus run(Pretrain *p, bool *speaker, bool *abort, FvError *err) {
+    TOGETHER(read_keys(p, err));
+    TOGETHER(check_keys(p, err));
+    TOGETHER(fv_group_create(&p->in->world, p->in->world.size, 1, &p->group, err));
+    TOGETHER(open_data(p, err));
+    TOGETHER(open_out(p, err));
+    TOGETHER(create(p, err));
+    FvStatus status = train(p, err);
+    *abort = status != FV_OK && status != FV_STOPPED && p->group.size > 1;
+    if (*abort) {
+        *speaker = true;
+        return status;
+    }
+    if (status == FV_OK && is_root(p))
+        printf("%s/model.safetensors and config.json: dino_from=%s trains a study on it\n", p->out,
+               p->out);
+    return fv_world_agree(&p->in->world, status, speaker);
+}
+
+FvStatus fv_pretrain(const FvInvocation *in, bool *speaker, bool *abort, FvError *err) {
+    Pretrain p = {.in = in, .lock = -1};
+    *speaker = in->world.rank == 0;
+    *abort = false;
+    FvStatus status = run(&p, speaker, abort, err);
+    if (*abort)
+        return status;
+    fv_checkpointer_destroy(p.checkpointer);
+    fv_distill_destroy(p.model);
+    if (p.be)
+        fv_cpu_backend_destroy(p.be);
+    fv_order_free(&p.order);
+    fv_batch_free(&p.clip);
+    fv_data_close(p.data);
+    if (p.group.comms)
+        fv_group_free(&p.group);
+    fv_outdir_close(p.lock);
+    for (size_t i = 0; i < COLUMN_COUNT; i++)
+        free(p.column[i]);
+    free(p.clips);
+    free(p.globals);
+    free(p.locals);
+    return status;
+}
