@@ -29,7 +29,7 @@ typedef struct Options {
     size_t clips[2];                   /* procedural, per FvSplit */
     uint64_t seed;
     double held_out;
-    bool center, procedural, help;
+    bool center, procedural, masks, help;
     char **inputs;
     size_t input_count;
 } Options;
@@ -74,6 +74,7 @@ static void print_help(void) {
          "      --seed N                chooses the held-out videos; procedural: data_seed (0)\n"
          "      --clips-train N         procedural: training clips (813)\n"
          "      --clips-held-out N      procedural: held-out clips (64)\n"
+         "      --masks                 procedural: which object covers each pixel, too\n"
          "      --help                  this text");
 }
 
@@ -106,7 +107,19 @@ static FvStatus parse_share(const char *text, double *out, FvError *err) {
     return FV_OK;
 }
 
-enum { FRAMES = 256, STRIDE, SIZE, CROP, HELD_OUT, MOST, SEED, CLIPS_TRAIN, CLIPS_HELD_OUT, HELP };
+enum {
+    FRAMES = 256,
+    STRIDE,
+    SIZE,
+    CROP,
+    HELD_OUT,
+    MOST,
+    SEED,
+    CLIPS_TRAIN,
+    CLIPS_HELD_OUT,
+    MASKS,
+    HELP
+};
 
 static FvStatus take_option(int key, Options *o, FvError *err) {
     switch (key) {
@@ -137,6 +150,9 @@ static FvStatus take_option(int key, Options *o, FvError *err) {
         return parse_size("clips-train", optarg, 1, 10000000, &o->clips[FV_TRAIN], err);
     case CLIPS_HELD_OUT:
         return parse_size("clips-held-out", optarg, 1, 10000000, &o->clips[FV_HELD_OUT], err);
+    case MASKS:
+        o->masks = true;
+        return FV_OK;
     case HELP:
         o->help = true;
         return FV_OK;
@@ -160,6 +176,7 @@ static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
         {"seed", required_argument, NULL, SEED},
         {"clips-train", required_argument, NULL, CLIPS_TRAIN},
         {"clips-held-out", required_argument, NULL, CLIPS_HELD_OUT},
+        {"masks", no_argument, NULL, MASKS},
         {"help", no_argument, NULL, HELP},
         {NULL, 0, NULL, 0}};
     *o = (Options){
@@ -182,6 +199,8 @@ static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
     if (!o->output || !*o->output)
         return FV_FAIL(err, FV_USAGE, "prepare: name the file to write with -o clips.h5");
     o->procedural = o->input_count == 1 && !strcmp(o->inputs[0], "procedural");
+    if (o->masks && !o->procedural)
+        return FV_FAIL(err, FV_USAGE, "prepare: --masks: only `procedural` clips have masks");
     return FV_OK;
 }
 
@@ -329,7 +348,8 @@ static FvStatus cut_clips(Run *r, Video *v, FvVideo *video, FvError *err) {
             char source[FV_PATH];
             snprintf(source, sizeof source, "%.*s:%zu", (int)sizeof source - 24, v->name,
                      frame - place);
-            FV_TRY(fv_clipwriter_add(r->writer, r->pixels, source, NULL, err));
+            FV_TRY(fv_clipwriter_add(r->writer, &(FvClip){.pixels = r->pixels, .source = source},
+                                     err));
             v->clips++;
             r->clips++;
         }
@@ -453,6 +473,21 @@ static FvStatus prepare_videos(Run *r, FvError *err) {
     return finish_videos(r, err);
 }
 
+static FvStatus add_drawn(Run *r, FvSplit split, uint32_t index, FvClipLabels *labels,
+                          FvError *err) {
+    const Options *o = r->options;
+    char source[64], caption[FV_CAPTION_TOKENS + 1];
+    fv_clip_draw(o->seed, split, index, o->frames, o->size, r->pixels, labels, caption,
+                 sizeof caption);
+    snprintf(source, sizeof source, "procedural:%s:%u", split ? "held-out" : "training",
+             (unsigned)index);
+    const FvClip clip = {
+        .pixels = r->pixels, .source = source, .caption = caption, .labels = labels};
+    FV_TRY(fv_clipwriter_add(r->writer, &clip, err));
+    r->clips++;
+    return check_signals(r, err);
+}
+
 /* The built-in clips as a file: training clips first, captions as bytes. */
 static FvStatus prepare_procedural(Run *r, FvError *err) {
     const Options *o = r->options;
@@ -463,24 +498,18 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
                        .seed = o->seed,
                        .crop = "none",
                        .made_from = "procedural",
-                       .max_tokens = FV_CAPTION_TOKENS};
+                       .max_tokens = FV_CAPTION_TOKENS,
+                       .labels = o->masks};
     FV_TRY(fv_clipwriter_create(o->output, &spec, &r->writer, err));
     uint8_t *split = calloc(all, 1);
+    FvClipLabels labels = {.masks = o->masks ? malloc(fv_mul3(o->frames, o->size, o->size)) : NULL};
     FvStatus status = FV_OK;
-    if (!split)
+    if (!split || (o->masks && !labels.masks))
         status = FV_FAIL(err, FV_DEVICE, "prepare: out of memory for %zu clips", all);
     for (size_t i = 0; status == FV_OK && i < all; i++) {
         split[i] = i < o->clips[FV_TRAIN] ? FV_TRAIN : FV_HELD_OUT;
-        uint32_t index = (uint32_t)(split[i] ? i - o->clips[FV_TRAIN] : i);
-        char source[64], caption[FV_CAPTION_TOKENS + 1];
-        fv_clip_draw(o->seed, (FvSplit)split[i], index, o->frames, o->size, r->pixels, NULL,
-                     caption, sizeof caption);
-        snprintf(source, sizeof source, "procedural:%s:%u", split[i] ? "held-out" : "training",
-                 (unsigned)index);
-        status = fv_clipwriter_add(r->writer, r->pixels, source, caption, err);
-        r->clips++;
-        if (status == FV_OK)
-            status = check_signals(r, err);
+        size_t index = split[i] ? i - o->clips[FV_TRAIN] : i;
+        status = add_drawn(r, (FvSplit)split[i], (uint32_t)index, o->masks ? &labels : NULL, err);
         show_progress(r, i + 1, all, "clips");
     }
     if (status == FV_OK) {
@@ -488,6 +517,7 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
         r->writer = NULL;
         status = fv_clipwriter_finish(writer, split, err);
     }
+    free(labels.masks);
     free(split);
     FV_TRY(status);
     clear_progress(r);
