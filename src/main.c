@@ -74,14 +74,8 @@ static void complain(const FvError *err, const FvWorld *world) {
 /* configs/ablations.yaml of this folder, else of the program's. */
 static const char *default_study(char *out, size_t size) {
     static const char file[] = "configs/ablations.yaml";
-    char program[FV_PATH];
-    snprintf(out, size, "%s", file);
-    if (access(out, R_OK) == 0)
-        return out;
-    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
-    char *slash = n > 0 ? (program[n] = '\0', strrchr(program, '/')) : NULL;
-    if (slash)
-        snprintf(out, size, "%.*s/%s", (int)(slash - program), program, file);
+    if (access(file, R_OK) == 0 || fv_program_file(file, out, size, NULL) != FV_OK)
+        return file;
     return out;
 }
 

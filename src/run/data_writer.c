@@ -17,6 +17,8 @@
 /* What is small is kept until the end, when its datasets are written whole. */
 typedef struct Kept {
     char *source, *caption;
+    int32_t *tokens; /* [token_count] */
+    size_t token_count;
     uint8_t objects[FV_CLIP_OBJECTS][2];
 } Kept;
 
@@ -177,11 +179,15 @@ static FvStatus keep(FvClipWriter *w, const FvClip *clip, FvError *err) {
     }
     Kept *k = &w->kept[w->clips++];
     *k = (Kept){.source = strdup(clip->source),
-                .caption = strdup(clip->caption ? clip->caption : "")};
-    if (!k->source || !k->caption)
+                .caption = strdup(clip->caption ? clip->caption : ""),
+                .tokens = calloc(clip->token_count + 1, sizeof *k->tokens),
+                .token_count = clip->token_count};
+    if (!k->source || !k->caption || !k->tokens)
         return FV_FAIL(err, FV_DEVICE, "out of memory after %zu clips", w->clips);
     fv_utf8_clean(k->source);
     fv_utf8_clean(k->caption);
+    if (clip->token_count)
+        memcpy(k->tokens, clip->tokens, clip->token_count * sizeof *k->tokens);
     if (w->spec.labels)
         memcpy(k->objects, clip->labels->objects, sizeof k->objects);
     return FV_OK;
@@ -293,25 +299,35 @@ static FvStatus write_objects(const FvClipWriter *w, FvError *err) {
     return FV_OK;
 }
 
+static bool write_ids(const FvClipWriter *w, const int32_t *tokens) {
+    const FvClipSpec *s = &w->spec;
+    const hsize_t shape[2] = {w->clips, s->max_tokens};
+    hid_t dataset = write_open(w->file, "/tokens", 2, shape, H5T_STD_I32LE, H5T_NATIVE_INT32,
+                               tokens, "ids of the caption's tokens: clip, place");
+    return dataset >= 0 && add_text(dataset, "tokenizer", s->tokenizer) &&
+           add_text(dataset, "tokenizer_sha256", s->tokenizer_sha256) &&
+           add_number(dataset, "vocabulary", s->vocabulary) && H5Dclose(dataset) >= 0;
+}
+
 static FvStatus write_tokens(const FvClipWriter *w, FvError *err) {
     size_t columns = w->spec.max_tokens;
-    int32_t *tokens = calloc(w->clips, columns * sizeof *tokens);
+    int32_t *tokens = calloc(w->clips, fv_mul(columns, sizeof *tokens));
     int32_t *count = calloc(w->clips, sizeof *count);
-    FvStatus status = FV_OK;
-    if (!tokens || !count)
-        status = FV_FAIL(err, FV_DEVICE, "out of memory for the tokens of %zu clips", w->clips);
-    for (size_t c = 0; status == FV_OK && c < w->clips; c++)
-        for (const char *p = w->kept[c].caption; *p && (size_t)count[c] < columns; p++)
-            tokens[c * columns + (size_t)count[c]++] = (unsigned char)*p;
-    if (status == FV_OK &&
-        (!write_dataset(w->file, "/tokens", w->clips, columns, H5T_STD_I32LE, H5T_NATIVE_INT32,
-                        tokens, "the caption's bytes: clip, place") ||
-         !write_dataset(w->file, "/token_count", w->clips, 0, H5T_STD_I32LE, H5T_NATIVE_INT32,
-                        count, "tokens of the clip's caption")))
-        status = fail_hdf5(err, w, "captions");
+    bool room = tokens && count, ok = room;
+    for (size_t c = 0; room && c < w->clips; c++) {
+        const Kept *k = &w->kept[c];
+        count[c] = (int32_t)k->token_count;
+        memcpy(tokens + c * columns, k->tokens, k->token_count * sizeof *tokens);
+    }
+    ok = ok && write_ids(w, tokens) &&
+         write_dataset(w->file, "/token_count", w->clips, 0, H5T_STD_I32LE, H5T_NATIVE_INT32, count,
+                       "tokens of the clip's caption, 0: it has none");
     free(tokens);
     free(count);
-    FV_TRY(status);
+    if (!room)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the tokens of %zu clips", w->clips);
+    if (!ok)
+        return fail_hdf5(err, w, "captions");
     return write_strings(w, "/caption", true, "what the clip shows", err);
 }
 
@@ -396,6 +412,7 @@ void fv_clipwriter_abandon(FvClipWriter *w) {
     for (size_t i = 0; i < w->clips; i++) {
         free(w->kept[i].source);
         free(w->kept[i].caption);
+        free(w->kept[i].tokens);
     }
     free(w->kept);
     free(w);

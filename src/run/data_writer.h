@@ -12,13 +12,16 @@
 typedef struct FvClipWriter FvClipWriter;
 
 typedef struct FvClipSpec {
-    size_t frames, size;   /* of every clip: T, and S pixels per side */
-    size_t stride;         /* frames of the video per frame of the clip; an attribute */
-    size_t max_tokens;     /* room for a caption's tokens; 0: no captions */
-    bool labels;           /* /masks and /objects too */
-    uint64_t seed;         /* of the split or the drawing; an attribute */
-    const char *crop;      /* "center", "none"; an attribute */
-    const char *made_from; /* "videos", "procedural"; an attribute */
+    size_t frames, size;          /* of every clip: T, and S pixels per side */
+    size_t stride;                /* frames of the video per frame of the clip; an attribute */
+    size_t max_tokens;            /* room for a caption's tokens; 0: no captions */
+    size_t vocabulary;            /* the tokens' ids lie below; an attribute, as are the next two */
+    const char *tokenizer;        /* the file's name, or "bytes" */
+    const char *tokenizer_sha256; /* "" for bytes */
+    bool labels;                  /* /masks and /objects too */
+    uint64_t seed;                /* of the split or the drawing; an attribute */
+    const char *crop;             /* "center", "none"; an attribute */
+    const char *made_from;        /* "videos", "procedural"; an attribute */
 } FvClipSpec;
 
 /* Creates `path`.tmp-PID. FV_IO with the reason when that cannot be. */
@@ -26,9 +29,11 @@ FvStatus fv_clipwriter_create(const char *path, const FvClipSpec *, FvClipWriter
                               FvError *err);
 
 typedef struct FvClip {
-    const uint8_t *pixels;      /* [frames, size, size, 3] */
-    const char *source;         /* where it comes from */
-    const char *caption;        /* its bytes are its tokens; NULL or a spec without tokens: none */
+    const uint8_t *pixels; /* [frames, size, size, 3] */
+    const char *source;    /* where it comes from */
+    const char *caption;   /* or NULL; it and the tokens need a spec with tokens */
+    const int32_t *tokens; /* [token_count], max_tokens at the most */
+    size_t token_count;
     const FvClipLabels *labels; /* where the spec wants them */
 } FvClip;
 

@@ -23,6 +23,17 @@ FvStatus fv_path(FvError *err, char *out, size_t size, const char *format, ...) 
     return FV_OK;
 }
 
+FvStatus fv_program_file(const char *file, char *out, size_t size, FvError *err) {
+    char program[FV_PATH];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n <= 0)
+        return FV_FAIL(err, FV_IO, "%s: the program's folder is not known: %s", file,
+                       strerror(errno));
+    program[n] = '\0';
+    char *slash = strrchr(program, '/');
+    return fv_path(err, out, size, "%.*s/%s", slash ? (int)(slash - program) : 0, program, file);
+}
+
 FvStatus fv_make_folder(const char *path, FvError *err) {
     char part[FV_PATH];
     FV_TRY(fv_path(err, part, sizeof part, "%s", path));
@@ -188,6 +199,13 @@ static size_t utf8_length(const unsigned char *c) {
     bool surrogate = c[0] == 0xed && c[1] > 0x9f;
     bool beyond = c[0] == 0xf4 && c[1] > 0x8f;
     return overlong || surrogate || beyond ? 0 : length;
+}
+
+bool fv_utf8_valid(const char *text) {
+    size_t length = 1;
+    for (const unsigned char *c = (const unsigned char *)text; *c && length; c += length)
+        length = utf8_length(c);
+    return length != 0;
 }
 
 void fv_utf8_clean(char *text) {

@@ -34,6 +34,11 @@ FvStatus fv_file_write(const char *path, const FvBytes *parts, size_t count, FvE
  * a folder that is not there holds none. */
 FvStatus fv_remove_temporaries(const char *folder, FvError *err);
 
+/* The path of a file that comes with the program, from the program's folder. */
+FvStatus fv_program_file(const char *file, char *out, size_t size, FvError *err);
+
+bool fv_utf8_valid(const char *text);
+
 /* Replaces every byte that is no part of valid UTF-8 (RFC 3629) by '?', in place. */
 void fv_utf8_clean(char *text);
 
