@@ -36,6 +36,9 @@ const FvDataInfo *fv_data_info(const FvData *);
 /* Host memory that fv_data_open will hold for this config, without opening (for --dry-run). */
 size_t fv_data_bytes(const FvConfig *);
 
+/* Likewise: room that the study's captions need, 0 without captions or without the file. */
+size_t fv_data_max_tokens(const FvConfig *);
+
 /* Reads one clip into slot `slot` of a batch. */
 FvStatus fv_data_read(FvData *, FvSplit, uint32_t clip, FvBatch *, size_t slot, FvError *err);
 

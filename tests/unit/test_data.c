@@ -608,6 +608,7 @@ static void test_round_trip(void **state) {
     assert_string_equal(info->source, path);
     assert_int_equal(info->max_tokens, FV_CAPTION_TOKENS);
     assert_int_equal(fv_data_bytes(&file), info->bytes);
+    assert_int_equal(fv_data_max_tokens(&file), FV_CAPTION_TOKENS);
     char sum[FV_SHA256_TEXT];
     assert_int_equal(fv_sha256_file(path, sum, NULL), FV_OK);
     assert_string_equal(info->sha256, sum);
