@@ -39,6 +39,7 @@ static const Colour COLOURS[] = {
 };
 enum { COLOUR_COUNT = sizeof COLOURS / sizeof COLOURS[0] };
 static const char SHAPE_NAMES[SHAPES][WORD] = {"disc", "box", "triangle"};
+static const char BEACON[] = "beacon"; /* its colour changes: both its labels are of their own */
 static const char MOVING[SIDES][WORD] = {"moving left", "moving right", "moving up", "moving down"};
 
 static const int32_t LIGHT[LIGHTS] = {112, 176, 256}; /* 256ths of the colours */
@@ -399,20 +400,43 @@ static void write_caption(const Scene *s, char *caption, size_t caption_size) {
     snprintf(caption, caption_size, "%s %s %s", b->colour->name, SHAPE_NAMES[b->shape], motion);
 }
 
+/* --- interface -------------------------------------------------------------------------------- */
+
+const char *fv_clip_colour(size_t number) {
+    return number < COLOUR_COUNT ? COLOURS[number].name : number == COLOUR_COUNT ? BEACON : NULL;
+}
+
+const char *fv_clip_shape(size_t number) {
+    return number < SHAPES ? SHAPE_NAMES[number] : number == SHAPES ? BEACON : NULL;
+}
+
+static void list_objects(const Scene *s, uint8_t objects[FV_CLIP_OBJECTS][2]) {
+    _Static_assert(MAX_BODIES + 1 == FV_CLIP_OBJECTS, "the bodies and the beacon");
+    memset(objects, FV_NO_OBJECT, FV_CLIP_OBJECTS * sizeof *objects);
+    for (size_t i = 0; i < s->body_count; i++) {
+        objects[i][0] = (uint8_t)(s->bodies[i].colour - COLOURS);
+        objects[i][1] = (uint8_t)s->bodies[i].shape;
+    }
+    objects[s->body_count][0] = COLOUR_COUNT;
+    objects[s->body_count][1] = SHAPES;
+}
+
 void fv_clip_draw(uint64_t data_seed, FvSplit split, uint32_t index, size_t frames, size_t size,
-                  uint8_t *pixels, uint8_t *masks, char *caption, size_t caption_size) {
+                  uint8_t *pixels, FvClipLabels *labels, char *caption, size_t caption_size) {
     Scene scene;
     int32_t centre[MAX_SIDE];
     create_scene(data_seed, split, index, &scene);
     if (caption)
         write_caption(&scene, caption, caption_size);
+    if (labels)
+        list_objects(&scene, labels->objects);
     for (size_t i = 0; i < size; i++)
         centre[i] = (int32_t)((2 * i + 1) * UNIT / (2 * size));
     for (size_t t = 0; t < frames; t++) {
         /* circling objects take their place on the orbit by moving once before frame 0 */
         advance_scene(&scene, t);
         Canvas canvas = {size, centre, pixels + t * size * size * 3,
-                         masks ? masks + t * size * size : NULL};
+                         labels ? labels->masks + t * size * size : NULL};
         draw_frame(&scene, t, &canvas);
     }
 }

@@ -415,9 +415,19 @@ void fv_data_close(FvData *d) {
     free(d);
 }
 
-size_t fv_data_bytes(const FvConfig *config) {
+static FvDataInfo look_at(const FvConfig *config) {
+    FvDataInfo info = {0};
     FvData *d = create();
-    size_t bytes = d && describe(d, config, NULL) == FV_OK ? d->info.bytes : 0;
+    if (d && describe(d, config, NULL) == FV_OK)
+        info = d->info;
     fv_data_close(d);
-    return bytes;
+    return info;
+}
+
+size_t fv_data_bytes(const FvConfig *config) {
+    return look_at(config).bytes;
+}
+
+size_t fv_data_max_tokens(const FvConfig *config) {
+    return look_at(config).max_tokens;
 }

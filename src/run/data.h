@@ -36,6 +36,9 @@ const FvDataInfo *fv_data_info(const FvData *);
 /* Host memory that fv_data_open will hold for this config, without opening (for --dry-run). */
 size_t fv_data_bytes(const FvConfig *);
 
+/* Likewise: room that the study's captions need, 0 without captions or without the file. */
+size_t fv_data_max_tokens(const FvConfig *);
+
 /* Reads one clip into slot `slot` of a batch. */
 FvStatus fv_data_read(FvData *, FvSplit, uint32_t clip, FvBatch *, size_t slot, FvError *err);
 
@@ -71,11 +74,28 @@ void fv_loader_stop(FvLoader *);
 
 enum { FV_CAPTION_TOKENS = 28 }; /* bytes of the longest caption, "purple triangle moving right" */
 
-/* Draws clip `index` of a split: pixels [frames, size, size, 3]; masks [frames, size, size] or
- * NULL: which object (1, 2, ...) covers the pixel, 0 the background; caption naming one object.
- * Integer arithmetic only: the same bytes on every machine. */
+enum {
+    FV_CLIP_OBJECTS = 6, /* the most in a clip, the beacon included */
+    FV_NO_OBJECT = 255
+};
+
+/* What is drawn where. An object's number is its place from far to near, from 1 on; the nearest is
+ * the beacon, the one before it is what the caption names. */
+typedef struct FvClipLabels {
+    uint8_t *masks; /* [frames, size, size], the caller's: number of the object that covers the
+                       pixel, 0 the background */
+    uint8_t objects[FV_CLIP_OBJECTS][2]; /* row i: colour and shape of object i + 1, or FV_NO_OBJECT
+                                            where there are fewer */
+} FvClipLabels;
+
+/* Names of the colours and shapes in FvClipLabels; NULL past the last. */
+const char *fv_clip_colour(size_t number);
+const char *fv_clip_shape(size_t number);
+
+/* Draws clip `index` of a split: pixels [frames, size, size, 3]; labels, or NULL; caption naming
+ * one object, or NULL. Integer arithmetic only: the same bytes on every machine. */
 void fv_clip_draw(uint64_t data_seed, FvSplit, uint32_t index, size_t frames, size_t size,
-                  uint8_t *pixels, uint8_t *masks, char *caption, size_t caption_size);
+                  uint8_t *pixels, FvClipLabels *labels, char *caption, size_t caption_size);
 
 /* --- targets (latents.c) -------------------------------------------------------------------- */
 

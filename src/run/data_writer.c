@@ -14,12 +14,20 @@
 #include "run/files.h"
 #include "run/hdf5_lock.h"
 
+/* What is small is kept until the end, when its datasets are written whole. */
+typedef struct Kept {
+    char *source, *caption;
+    int32_t *tokens; /* [token_count] */
+    size_t token_count;
+    uint8_t objects[FV_CLIP_OBJECTS][2];
+} Kept;
+
 struct FvClipWriter {
     FvClipSpec spec;
     char path[FV_PATH], temporary[FV_PATH];
-    hid_t file, frames;
+    hid_t file, frames, masks; /* masks: -1 without labels */
     size_t clips, capacity;
-    char **source, **caption; /* [clips] */
+    Kept *kept; /* [clips] */
 };
 
 /* The lock is held, and the call that failed was HDF5's last. */
@@ -29,10 +37,16 @@ static FvStatus fail_hdf5(FvError *err, const FvClipWriter *w, const char *what)
     return FV_FAIL(err, FV_IO, "%s: %s cannot be written: %s", w->path, what, reason);
 }
 
+static hid_t create_text_type(void) { /* of any length */
+    hid_t type = H5Tcopy(H5T_C_S1);
+    if (type >= 0 && (H5Tset_size(type, H5T_VARIABLE) < 0 || H5Tset_cset(type, H5T_CSET_UTF8) < 0))
+        return -1;
+    return type;
+}
+
 static bool add_text(hid_t object, const char *name, const char *value) {
-    hid_t type = H5Tcopy(H5T_C_S1), space = H5Screate(H5S_SCALAR), attribute = -1;
-    bool ok = type >= 0 && space >= 0 && H5Tset_size(type, H5T_VARIABLE) >= 0 &&
-              H5Tset_cset(type, H5T_CSET_UTF8) >= 0 &&
+    hid_t type = create_text_type(), space = H5Screate(H5S_SCALAR), attribute = -1;
+    bool ok = type >= 0 && space >= 0 &&
               (attribute = H5Acreate2(object, name, type, space, H5P_DEFAULT, H5P_DEFAULT)) >= 0 &&
               H5Awrite(attribute, type, &value) >= 0;
     if (attribute >= 0)
@@ -69,16 +83,17 @@ static hid_t create_properties(void) {
     return list;
 }
 
-/* One clip per chunk: a reader that wants one clip unpacks nothing else. Level 1 of deflate makes
+/* A dataset of bytes that grows clip by clip: [clips, T, S, S, 3], or with rank 4 [clips, T, S, S].
+ * One clip per chunk: a reader that wants one clip unpacks nothing else. Level 1 of deflate makes
  * video about a third smaller and reads faster than most disks deliver. */
-static hid_t create_frames(const FvClipWriter *w) {
+static hid_t create_growing(const FvClipWriter *w, const char *name, int rank) {
     hsize_t t = w->spec.frames, s = w->spec.size;
     hsize_t now[5] = {0, t, s, s, 3}, most[5] = {H5S_UNLIMITED, t, s, s, 3},
             chunk[5] = {1, t, s, s, 3};
-    hid_t space = H5Screate_simple(5, now, most), list = create_properties(), out = -1;
-    if (space >= 0 && list >= 0 && H5Pset_chunk(list, 5, chunk) >= 0 &&
+    hid_t space = H5Screate_simple(rank, now, most), list = create_properties(), out = -1;
+    if (space >= 0 && list >= 0 && H5Pset_chunk(list, rank, chunk) >= 0 &&
         H5Pset_deflate(list, 1) >= 0)
-        out = H5Dcreate2(w->file, "/frames", H5T_STD_U8LE, space, H5P_DEFAULT, list, H5P_DEFAULT);
+        out = H5Dcreate2(w->file, name, H5T_STD_U8LE, space, H5P_DEFAULT, list, H5P_DEFAULT);
     if (list >= 0)
         H5Pclose(list);
     if (space >= 0)
@@ -111,9 +126,15 @@ static FvStatus create(FvClipWriter *w, FvError *err) {
     w->file = create_file(w->temporary);
     if (w->file < 0)
         return fail_hdf5(err, w, "the file");
-    w->frames = create_frames(w);
+    w->frames = create_growing(w, "/frames", 5);
     if (w->frames < 0 || !describe(w->frames, "1", "pixels: clip, frame, y, x, RGB"))
         return fail_hdf5(err, w, "/frames");
+    if (!w->spec.labels)
+        return FV_OK;
+    w->masks = create_growing(w, "/masks", 4);
+    if (w->masks < 0 ||
+        !describe(w->masks, "1", "object that covers the pixel, 0 none: clip, frame, y, x"))
+        return fail_hdf5(err, w, "/masks");
     return FV_OK;
 }
 
@@ -129,7 +150,7 @@ FvStatus fv_clipwriter_create(const char *path, const FvClipSpec *spec, FvClipWr
     if (!w)
         return FV_FAIL(err, FV_DEVICE, "out of memory");
     w->spec = *spec;
-    w->file = w->frames = -1;
+    w->file = w->frames = w->masks = -1;
     FvStatus status = fv_path(err, w->path, sizeof w->path, "%s", path);
     if (status == FV_OK)
         status =
@@ -147,42 +168,40 @@ FvStatus fv_clipwriter_create(const char *path, const FvClipSpec *spec, FvClipWr
     return FV_OK;
 }
 
-/* Keeps copies of the clip's texts until the end, when datasets of strings are written whole. */
-static FvStatus keep_texts(FvClipWriter *w, const char *source, const char *caption, FvError *err) {
+static FvStatus keep(FvClipWriter *w, const FvClip *clip, FvError *err) {
     if (w->clips == w->capacity) {
         size_t capacity = w->capacity ? 2 * w->capacity : 64;
-        char **sources = realloc(w->source, capacity * sizeof *sources);
-        if (sources)
-            w->source = sources;
-        char **captions = realloc(w->caption, capacity * sizeof *captions);
-        if (captions)
-            w->caption = captions;
-        if (!sources || !captions)
+        Kept *grown = realloc(w->kept, fv_mul(capacity, sizeof *grown));
+        if (!grown)
             return FV_FAIL(err, FV_DEVICE, "out of memory after %zu clips", w->clips);
+        w->kept = grown;
         w->capacity = capacity;
     }
-    char *a = strdup(source), *b = strdup(caption ? caption : "");
-    if (!a || !b) {
-        free(a);
-        free(b);
+    Kept *k = &w->kept[w->clips++];
+    *k = (Kept){.source = strdup(clip->source),
+                .caption = strdup(clip->caption ? clip->caption : ""),
+                .tokens = calloc(clip->token_count + 1, sizeof *k->tokens),
+                .token_count = clip->token_count};
+    if (!k->source || !k->caption || !k->tokens)
         return FV_FAIL(err, FV_DEVICE, "out of memory after %zu clips", w->clips);
-    }
-    fv_utf8_clean(a);
-    fv_utf8_clean(b);
-    w->source[w->clips] = a;
-    w->caption[w->clips++] = b;
+    fv_utf8_clean(k->source);
+    fv_utf8_clean(k->caption);
+    if (clip->token_count)
+        memcpy(k->tokens, clip->tokens, clip->token_count * sizeof *k->tokens);
+    if (w->spec.labels)
+        memcpy(k->objects, clip->labels->objects, sizeof k->objects);
     return FV_OK;
 }
 
-static bool append(const FvClipWriter *w, const uint8_t *pixels) {
+static bool append(const FvClipWriter *w, hid_t dataset, int rank, const uint8_t *values) {
     hsize_t t = w->spec.frames, s = w->spec.size;
     hsize_t all[5] = {w->clips + 1, t, s, s, 3}, start[5] = {w->clips}, one[5] = {1, t, s, s, 3};
-    if (H5Dset_extent(w->frames, all) < 0)
+    if (H5Dset_extent(dataset, all) < 0)
         return false;
-    hid_t space = H5Dget_space(w->frames), memory = H5Screate_simple(5, one, NULL);
+    hid_t space = H5Dget_space(dataset), memory = H5Screate_simple(rank, one, NULL);
     bool ok = space >= 0 && memory >= 0 &&
               H5Sselect_hyperslab(space, H5S_SELECT_SET, start, NULL, one, NULL) >= 0 &&
-              H5Dwrite(w->frames, H5T_NATIVE_UINT8, memory, space, H5P_DEFAULT, pixels) >= 0;
+              H5Dwrite(dataset, H5T_NATIVE_UINT8, memory, space, H5P_DEFAULT, values) >= 0;
     if (ok) { /* not after a failure, whose reason they would clear */
         H5Sclose(memory);
         H5Sclose(space);
@@ -190,20 +209,22 @@ static bool append(const FvClipWriter *w, const uint8_t *pixels) {
     return ok;
 }
 
-FvStatus fv_clipwriter_add(FvClipWriter *w, const uint8_t *pixels, const char *source,
-                           const char *caption, FvError *err) {
+FvStatus fv_clipwriter_add(FvClipWriter *w, const FvClip *clip, FvError *err) {
+    FvStatus status = FV_OK;
     fv_hdf5_lock();
-    FvStatus status = append(w, pixels) ? FV_OK : fail_hdf5(err, w, "/frames");
+    if (!append(w, w->frames, 5, clip->pixels))
+        status = fail_hdf5(err, w, "/frames");
+    else if (w->spec.labels && !append(w, w->masks, 4, clip->labels->masks))
+        status = fail_hdf5(err, w, "/masks");
     fv_hdf5_unlock();
     FV_TRY(status);
-    return keep_texts(w, source, caption, err);
+    return keep(w, clip, err);
 }
 
-/* Writes a whole dataset [rows] or, with columns, [rows, columns]. */
-static bool write_dataset(hid_t file, const char *name, size_t rows, size_t columns, hid_t stored,
-                          hid_t native, const void *data, const char *long_name) {
-    hsize_t shape[2] = {rows, columns};
-    hid_t space = H5Screate_simple(columns ? 2 : 1, shape, NULL), list = create_properties();
+/* Writes a whole dataset, which stays open for its attributes. */
+static hid_t write_open(hid_t file, const char *name, int rank, const hsize_t *shape, hid_t stored,
+                        hid_t native, const void *data, const char *long_name) {
+    hid_t space = H5Screate_simple(rank, shape, NULL), list = create_properties();
     hid_t dataset = -1;
     bool ok =
         space >= 0 && list >= 0 &&
@@ -213,42 +234,101 @@ static bool write_dataset(hid_t file, const char *name, size_t rows, size_t colu
     if (ok) { /* not after a failure, whose reason they would clear */
         H5Pclose(list);
         H5Sclose(space);
-        ok = H5Dclose(dataset) >= 0;
+    }
+    return ok ? dataset : -1;
+}
+
+/* Writes a whole dataset [rows] or, with columns, [rows, columns]. */
+static bool write_dataset(hid_t file, const char *name, size_t rows, size_t columns, hid_t stored,
+                          hid_t native, const void *data, const char *long_name) {
+    const hsize_t shape[2] = {rows, columns};
+    hid_t dataset = write_open(file, name, columns ? 2 : 1, shape, stored, native, data, long_name);
+    return dataset >= 0 && H5Dclose(dataset) >= 0;
+}
+
+static FvStatus write_strings(const FvClipWriter *w, const char *name, bool captions,
+                              const char *long_name, FvError *err) {
+    const char **strings = calloc(w->clips, sizeof *strings);
+    if (!strings)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the texts of %zu clips", w->clips);
+    for (size_t i = 0; i < w->clips; i++)
+        strings[i] = captions ? w->kept[i].caption : w->kept[i].source;
+    hid_t type = create_text_type();
+    bool ok =
+        type >= 0 && write_dataset(w->file, name, w->clips, 0, type, type, strings, long_name);
+    free(strings);
+    if (!ok)
+        return fail_hdf5(err, w, name);
+    H5Tclose(type);
+    return FV_OK;
+}
+
+/* An attribute that lists the names 0, 1, ... */
+static bool add_names(hid_t object, const char *name, const char *(*name_of)(size_t)) {
+    enum { MOST = 16 };
+    const char *names[MOST];
+    hsize_t count = 0;
+    for (; count < MOST && name_of(count); count++)
+        names[count] = name_of(count);
+    hid_t type = create_text_type(), space = H5Screate_simple(1, &count, NULL), attribute = -1;
+    bool ok = type >= 0 && space >= 0 &&
+              (attribute = H5Acreate2(object, name, type, space, H5P_DEFAULT, H5P_DEFAULT)) >= 0 &&
+              H5Awrite(attribute, type, names) >= 0;
+    if (ok) { /* not after a failure, whose reason they would clear */
+        H5Aclose(attribute);
+        H5Sclose(space);
+        H5Tclose(type);
     }
     return ok;
 }
 
-static bool write_strings(const FvClipWriter *w, const char *name, char **strings,
-                          const char *long_name) {
-    hid_t type = H5Tcopy(H5T_C_S1);
-    bool ok = type >= 0 && H5Tset_size(type, H5T_VARIABLE) >= 0 &&
-              H5Tset_cset(type, H5T_CSET_UTF8) >= 0 &&
-              write_dataset(w->file, name, w->clips, 0, type, type, strings, long_name);
-    if (ok)
-        H5Tclose(type);
-    return ok;
+static FvStatus write_objects(const FvClipWriter *w, FvError *err) {
+    const hsize_t shape[3] = {w->clips, FV_CLIP_OBJECTS, 2};
+    uint8_t(*objects)[FV_CLIP_OBJECTS][2] = calloc(w->clips, sizeof *objects);
+    if (!objects)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the objects of %zu clips", w->clips);
+    for (size_t i = 0; i < w->clips; i++)
+        memcpy(objects[i], w->kept[i].objects, sizeof *objects);
+    hid_t dataset =
+        write_open(w->file, "/objects", 3, shape, H5T_STD_U8LE, H5T_NATIVE_UINT8, objects,
+                   "mask value i + 1 is what: clip, i, (colour, shape), 255 none");
+    free(objects);
+    if (dataset < 0 || !add_names(dataset, "colours", fv_clip_colour) ||
+        !add_names(dataset, "shapes", fv_clip_shape) || H5Dclose(dataset) < 0)
+        return fail_hdf5(err, w, "/objects");
+    return FV_OK;
+}
+
+static bool write_ids(const FvClipWriter *w, const int32_t *tokens) {
+    const FvClipSpec *s = &w->spec;
+    const hsize_t shape[2] = {w->clips, s->max_tokens};
+    hid_t dataset = write_open(w->file, "/tokens", 2, shape, H5T_STD_I32LE, H5T_NATIVE_INT32,
+                               tokens, "ids of the caption's tokens: clip, place");
+    return dataset >= 0 && add_text(dataset, "tokenizer", s->tokenizer) &&
+           add_text(dataset, "tokenizer_sha256", s->tokenizer_sha256) &&
+           add_number(dataset, "vocabulary", s->vocabulary) && H5Dclose(dataset) >= 0;
 }
 
 static FvStatus write_tokens(const FvClipWriter *w, FvError *err) {
     size_t columns = w->spec.max_tokens;
-    int32_t *tokens = calloc(w->clips, columns * sizeof *tokens);
+    int32_t *tokens = calloc(w->clips, fv_mul(columns, sizeof *tokens));
     int32_t *count = calloc(w->clips, sizeof *count);
-    FvStatus status = FV_OK;
-    if (!tokens || !count)
-        status = FV_FAIL(err, FV_DEVICE, "out of memory for the tokens of %zu clips", w->clips);
-    for (size_t c = 0; status == FV_OK && c < w->clips; c++)
-        for (const char *p = w->caption[c]; *p && (size_t)count[c] < columns; p++)
-            tokens[c * columns + (size_t)count[c]++] = (unsigned char)*p;
-    if (status == FV_OK &&
-        (!write_dataset(w->file, "/tokens", w->clips, columns, H5T_STD_I32LE, H5T_NATIVE_INT32,
-                        tokens, "the caption's bytes: clip, place") ||
-         !write_dataset(w->file, "/token_count", w->clips, 0, H5T_STD_I32LE, H5T_NATIVE_INT32,
-                        count, "tokens of the clip's caption") ||
-         !write_strings(w, "/caption", w->caption, "what the clip shows")))
-        status = fail_hdf5(err, w, "captions");
+    bool room = tokens && count, ok = room;
+    for (size_t c = 0; room && c < w->clips; c++) {
+        const Kept *k = &w->kept[c];
+        count[c] = (int32_t)k->token_count;
+        memcpy(tokens + c * columns, k->tokens, k->token_count * sizeof *tokens);
+    }
+    ok = ok && write_ids(w, tokens) &&
+         write_dataset(w->file, "/token_count", w->clips, 0, H5T_STD_I32LE, H5T_NATIVE_INT32, count,
+                       "tokens of the clip's caption, 0: it has none");
     free(tokens);
     free(count);
-    return status;
+    if (!room)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for the tokens of %zu clips", w->clips);
+    if (!ok)
+        return fail_hdf5(err, w, "captions");
+    return write_strings(w, "/caption", true, "what the clip shows", err);
 }
 
 static FvStatus write_rest(FvClipWriter *w, const uint8_t *split, FvError *err) {
@@ -256,8 +336,9 @@ static FvStatus write_rest(FvClipWriter *w, const uint8_t *split, FvError *err) 
     if (!write_dataset(w->file, "/split", w->clips, 0, H5T_STD_U8LE, H5T_NATIVE_UINT8, split,
                        "0: training, 1: held-out"))
         return fail_hdf5(err, w, "/split");
-    if (!write_strings(w, "/source", w->source, "where the clip comes from"))
-        return fail_hdf5(err, w, "/source");
+    FV_TRY(write_strings(w, "/source", false, "where the clip comes from", err));
+    if (s->labels)
+        FV_TRY(write_objects(w, err));
     if (s->max_tokens)
         FV_TRY(write_tokens(w, err));
     if (!add_text(w->file, "format", "fovea-clips") || !add_number(w->file, "format_version", 1) ||
@@ -269,7 +350,9 @@ static FvStatus write_rest(FvClipWriter *w, const uint8_t *split, FvError *err) 
     if (H5Fflush(w->file, H5F_SCOPE_LOCAL) < 0)
         return fail_hdf5(err, w, "the file");
     bool closed = H5Dclose(w->frames) >= 0;
-    w->frames = -1;
+    if (w->masks >= 0)
+        closed = H5Dclose(w->masks) >= 0 && closed;
+    w->frames = w->masks = -1;
     closed = H5Fclose(w->file) >= 0 && closed;
     w->file = -1;
     return closed ? FV_OK : fail_hdf5(err, w, "the file");
@@ -319,16 +402,18 @@ void fv_clipwriter_abandon(FvClipWriter *w) {
     bool room = w->file < 0 || truncate(w->temporary, 0) == 0;
     if (room && w->frames >= 0)
         H5Dclose(w->frames);
+    if (room && w->masks >= 0)
+        H5Dclose(w->masks);
     if (room && w->file >= 0)
         H5Fclose(w->file);
     fv_hdf5_unlock();
     if (*w->temporary)
         unlink(w->temporary);
     for (size_t i = 0; i < w->clips; i++) {
-        free(w->source[i]);
-        free(w->caption[i]);
+        free(w->kept[i].source);
+        free(w->kept[i].caption);
+        free(w->kept[i].tokens);
     }
-    free(w->source);
-    free(w->caption);
+    free(w->kept);
     free(w);
 }

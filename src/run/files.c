@@ -204,6 +204,13 @@ static size_t utf8_length(const unsigned char *c) {
     return overlong || surrogate || beyond ? 0 : length;
 }
 
+bool fv_utf8_valid(const char *text) {
+    size_t length = 1;
+    for (const unsigned char *c = (const unsigned char *)text; *c && length; c += length)
+        length = utf8_length(c);
+    return length != 0;
+}
+
 void fv_utf8_clean(char *text) {
     for (unsigned char *c = (unsigned char *)text; *c;) {
         size_t length = utf8_length(c);

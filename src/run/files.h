@@ -38,6 +38,8 @@ FvStatus fv_remove_temporaries(const char *folder, FvError *err);
  * there from the current folder, else in the program's own folder. */
 void fv_beside_program(const char *relative, char out[FV_PATH]);
 
+bool fv_utf8_valid(const char *text);
+
 /* Replaces every byte that is no part of valid UTF-8 (RFC 3629) by '?', in place. */
 void fv_utf8_clean(char *text);
 

@@ -14,7 +14,9 @@
 FvStatus fv_plan_job(const FvConfig *config, size_t ranks, const FvDataInfo *data, FvJobPlan *p,
                      FvError *err) {
     bool captions = strcmp(config->text, "captions") == 0;
-    size_t max_text = !captions ? 1 : data ? data->max_tokens : FV_CAPTION_TOKENS;
+    size_t max_text = !captions ? 1 : data ? data->max_tokens : fv_data_max_tokens(config);
+    if (max_text == 0) /* a dry run before the data is there */
+        max_text = FV_CAPTION_TOKENS;
     size_t held_out = data ? data->count[FV_HELD_OUT] : config->clips_held_out;
     size_t evals = fv_eval_count(config), maps = fv_map_count(config);
     *p = (FvJobPlan){0};

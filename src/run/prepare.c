@@ -18,18 +18,20 @@
 
 #include "base/memory.h"
 #include "base/rng.h"
+#include "run/captions.h"
 #include "run/data.h"
 #include "run/data_writer.h"
 #include "run/files.h"
 #include "run/video.h"
 
 typedef struct Options {
-    const char *output;
-    size_t frames, stride, size, most; /* most clips per video, 0: no limit */
-    size_t clips[2];                   /* procedural, per FvSplit */
+    const char *output, *captions, *tokenizer; /* tokenizer: NULL for bytes */
+    size_t frames, stride, size, most;         /* most clips per video, 0: no limit */
+    size_t clips[2];                           /* procedural, per FvSplit */
+    size_t max_tokens;                         /* 0: not given */
     uint64_t seed;
     double held_out;
-    bool center, procedural, help;
+    bool center, procedural, masks, help;
     char **inputs;
     size_t input_count;
 } Options;
@@ -39,8 +41,9 @@ typedef struct Video {
     bool named;        /* on the command line, not found in a folder */
     dev_t device;      /* with inode: the same file under two names counts once */
     ino_t inode;
-    size_t first, clips; /* its clips in the file */
-    uint64_t draw;       /* the videos with the lowest are held out */
+    size_t first, clips;      /* its clips in the file */
+    const FvCaption *caption; /* or NULL */
+    uint64_t draw;            /* the videos with the lowest are held out */
 } Video;
 
 typedef struct Run {
@@ -48,6 +51,7 @@ typedef struct Run {
     Video *videos;
     size_t video_count, capacity;
     size_t clips, unreadable, too_short, others;
+    FvCaptions captions;
     FvClipWriter *writer;
     uint8_t *pixels; /* one clip */
     sigset_t signals;
@@ -71,9 +75,14 @@ static void print_help(void) {
          "      --crop center|none      the centred square, or all of it squeezed (center)\n"
          "      --held-out SHARE        share of the videos kept for evaluation (0.1)\n"
          "      --max-clips-per-video N the first N clips of each video (all)\n"
+         "      --captions FILE         lines NAME TAB CAPTION, or JSON lines with video and "
+         "caption\n"
+         "      --tokenizer FILE        a tokenizer.json; without it tokens are bytes\n"
+         "      --max-tokens N          room for a caption (64)\n"
          "      --seed N                chooses the held-out videos; procedural: data_seed (0)\n"
          "      --clips-train N         procedural: training clips (813)\n"
          "      --clips-held-out N      procedural: held-out clips (64)\n"
+         "      --masks                 procedural: which object covers each pixel, too\n"
          "      --help                  this text");
 }
 
@@ -106,7 +115,22 @@ static FvStatus parse_share(const char *text, double *out, FvError *err) {
     return FV_OK;
 }
 
-enum { FRAMES = 256, STRIDE, SIZE, CROP, HELD_OUT, MOST, SEED, CLIPS_TRAIN, CLIPS_HELD_OUT, HELP };
+enum {
+    FRAMES = 256,
+    STRIDE,
+    SIZE,
+    CROP,
+    HELD_OUT,
+    MOST,
+    SEED,
+    CLIPS_TRAIN,
+    CLIPS_HELD_OUT,
+    MASKS,
+    CAPTIONS,
+    TOKENIZER,
+    MAX_TOKENS,
+    HELP
+};
 
 static FvStatus take_option(int key, Options *o, FvError *err) {
     switch (key) {
@@ -137,6 +161,17 @@ static FvStatus take_option(int key, Options *o, FvError *err) {
         return parse_size("clips-train", optarg, 1, 10000000, &o->clips[FV_TRAIN], err);
     case CLIPS_HELD_OUT:
         return parse_size("clips-held-out", optarg, 1, 10000000, &o->clips[FV_HELD_OUT], err);
+    case CAPTIONS:
+        o->captions = optarg;
+        return FV_OK;
+    case TOKENIZER:
+        o->tokenizer = optarg;
+        return FV_OK;
+    case MAX_TOKENS:
+        return parse_size("max-tokens", optarg, 1, 4096, &o->max_tokens, err);
+    case MASKS:
+        o->masks = true;
+        return FV_OK;
     case HELP:
         o->help = true;
         return FV_OK;
@@ -160,6 +195,10 @@ static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
         {"seed", required_argument, NULL, SEED},
         {"clips-train", required_argument, NULL, CLIPS_TRAIN},
         {"clips-held-out", required_argument, NULL, CLIPS_HELD_OUT},
+        {"captions", required_argument, NULL, CAPTIONS},
+        {"tokenizer", required_argument, NULL, TOKENIZER},
+        {"max-tokens", required_argument, NULL, MAX_TOKENS},
+        {"masks", no_argument, NULL, MASKS},
         {"help", no_argument, NULL, HELP},
         {NULL, 0, NULL, 0}};
     *o = (Options){
@@ -182,6 +221,15 @@ static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
     if (!o->output || !*o->output)
         return FV_FAIL(err, FV_USAGE, "prepare: name the file to write with -o clips.h5");
     o->procedural = o->input_count == 1 && !strcmp(o->inputs[0], "procedural");
+    if (o->masks && !o->procedural)
+        return FV_FAIL(err, FV_USAGE, "prepare: --masks: only `procedural` clips have masks");
+    if (o->captions && o->procedural)
+        return FV_FAIL(err, FV_USAGE, "prepare: --captions: `procedural` clips have their own");
+    if (!o->captions && (o->tokenizer || o->max_tokens))
+        return FV_FAIL(err, FV_USAGE, "prepare: %s needs --captions FILE",
+                       o->tokenizer ? "--tokenizer" : "--max-tokens");
+    if (o->captions && !o->max_tokens)
+        o->max_tokens = 64;
     return FV_OK;
 }
 
@@ -329,7 +377,13 @@ static FvStatus cut_clips(Run *r, Video *v, FvVideo *video, FvError *err) {
             char source[FV_PATH];
             snprintf(source, sizeof source, "%.*s:%zu", (int)sizeof source - 24, v->name,
                      frame - place);
-            FV_TRY(fv_clipwriter_add(r->writer, r->pixels, source, NULL, err));
+            FvClip clip = {.pixels = r->pixels, .source = source};
+            if (v->caption) {
+                clip.caption = v->caption->text;
+                clip.tokens = v->caption->tokens;
+                clip.token_count = v->caption->token_count;
+            }
+            FV_TRY(fv_clipwriter_add(r->writer, &clip, err));
             v->clips++;
             r->clips++;
         }
@@ -399,6 +453,18 @@ static size_t split_videos(Run *r, uint8_t *split) {
     return wanted;
 }
 
+static void report_captions(const Run *r) {
+    size_t with = 0, without = 0, unused = 0;
+    for (size_t i = 0; i < r->video_count; i++) {
+        with += r->videos[i].clips && r->videos[i].caption;
+        without += r->videos[i].clips && !r->videos[i].caption;
+    }
+    for (size_t i = 0; i < r->captions.count; i++)
+        unused += !r->captions.items[i].used;
+    printf("captions: %zu videos have one, %zu have none; %zu captions name no video\n", with,
+           without, unused);
+}
+
 static FvStatus finish_videos(Run *r, FvError *err) {
     const Options *o = r->options;
     if (r->clips == 0)
@@ -425,32 +491,90 @@ static FvStatus finish_videos(Run *r, FvError *err) {
            "skipped: %zu unreadable, %zu too short, %zu other files\n",
            o->output, r->clips, o->frames, o->size, o->size, usable, r->clips - clips,
            usable - videos, clips, videos, r->unreadable, r->too_short, r->others);
+    if (o->captions)
+        report_captions(r);
     if (clips == 0)
         puts("note: no clip is held out, a study needs some: give two videos or more and a "
              "--held-out share");
     return FV_OK;
 }
 
+/* Before any video is decoded: what is wrong shows at once. */
+static FvStatus load_captions(Run *r, FvError *err) {
+    const Options *o = r->options;
+    FvCaptions *c = &r->captions;
+    if (!o->captions)
+        return FV_OK;
+    FV_TRY(fv_captions_read(o->captions, c, err));
+    bool any = false;
+    for (size_t i = 0; i < r->video_count; i++) {
+        r->videos[i].caption = fv_captions_find(c, r->videos[i].name);
+        any = any || r->videos[i].caption;
+    }
+    if (!any && r->video_count)
+        return FV_FAIL(
+            err, FV_DATA,
+            "%s: no caption is of a video: the first of %zu names is %.150s, that of the "
+            "videos is %.150s",
+            c->path, c->count, c->items[0].name, r->videos[0].name);
+    if (o->tokenizer)
+        fprintf(stderr, "prepare: %zu captions go through %s\n", c->count, o->tokenizer);
+    FvStatus status = fv_captions_tokenize(c, o->tokenizer, o->max_tokens, err);
+    FV_TRY(check_signals(r, err));
+    return status;
+}
+
+static const char *file_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
 static FvStatus prepare_videos(Run *r, FvError *err) {
     const Options *o = r->options;
     FV_TRY(fv_video_available(err));
     for (size_t i = 0; i < o->input_count; i++) {
-        const char *slash = strrchr(o->inputs[i], '/');
-        FV_TRY(find_videos(r, o->inputs[i], slash ? (size_t)(slash + 1 - o->inputs[i]) : 0, true,
-                           err));
+        const char *path = o->inputs[i];
+        FV_TRY(find_videos(r, path, (size_t)(file_name(path) - path), true, err));
     }
+    FV_TRY(load_captions(r, err));
     FvClipSpec spec = {.frames = o->frames,
                        .size = o->size,
                        .stride = o->stride,
                        .seed = o->seed,
                        .crop = o->center ? "center" : "none",
-                       .made_from = "videos"};
+                       .made_from = "videos",
+                       .max_tokens = o->max_tokens,
+                       .vocabulary = r->captions.vocabulary,
+                       .tokenizer = o->tokenizer ? file_name(o->tokenizer) : "bytes",
+                       .tokenizer_sha256 = r->captions.tokenizer_sha256};
     FV_TRY(fv_clipwriter_create(o->output, &spec, &r->writer, err));
     for (size_t i = 0; i < r->video_count; i++) {
         FV_TRY(take_video(r, &r->videos[i], err));
         FV_TRY(check_signals(r, err));
     }
     return finish_videos(r, err);
+}
+
+static FvStatus add_drawn(Run *r, FvSplit split, uint32_t index, FvClipLabels *labels,
+                          FvError *err) {
+    const Options *o = r->options;
+    char source[64], caption[FV_CAPTION_TOKENS + 1];
+    int32_t tokens[FV_CAPTION_TOKENS];
+    fv_clip_draw(o->seed, split, index, o->frames, o->size, r->pixels, labels, caption,
+                 sizeof caption);
+    snprintf(source, sizeof source, "procedural:%s:%u", split ? "held-out" : "training",
+             (unsigned)index);
+    FvClip clip = {.pixels = r->pixels,
+                   .source = source,
+                   .caption = caption,
+                   .tokens = tokens,
+                   .token_count = strlen(caption),
+                   .labels = labels};
+    for (size_t i = 0; i < clip.token_count; i++)
+        tokens[i] = (unsigned char)caption[i];
+    FV_TRY(fv_clipwriter_add(r->writer, &clip, err));
+    r->clips++;
+    return check_signals(r, err);
 }
 
 /* The built-in clips as a file: training clips first, captions as bytes. */
@@ -463,24 +587,21 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
                        .seed = o->seed,
                        .crop = "none",
                        .made_from = "procedural",
-                       .max_tokens = FV_CAPTION_TOKENS};
+                       .max_tokens = FV_CAPTION_TOKENS,
+                       .vocabulary = FV_BYTE_TOKENS,
+                       .tokenizer = "bytes",
+                       .tokenizer_sha256 = "",
+                       .labels = o->masks};
     FV_TRY(fv_clipwriter_create(o->output, &spec, &r->writer, err));
     uint8_t *split = calloc(all, 1);
+    FvClipLabels labels = {.masks = o->masks ? malloc(fv_mul3(o->frames, o->size, o->size)) : NULL};
     FvStatus status = FV_OK;
-    if (!split)
+    if (!split || (o->masks && !labels.masks))
         status = FV_FAIL(err, FV_DEVICE, "prepare: out of memory for %zu clips", all);
     for (size_t i = 0; status == FV_OK && i < all; i++) {
         split[i] = i < o->clips[FV_TRAIN] ? FV_TRAIN : FV_HELD_OUT;
-        uint32_t index = (uint32_t)(split[i] ? i - o->clips[FV_TRAIN] : i);
-        char source[64], caption[FV_CAPTION_TOKENS + 1];
-        fv_clip_draw(o->seed, (FvSplit)split[i], index, o->frames, o->size, r->pixels, NULL,
-                     caption, sizeof caption);
-        snprintf(source, sizeof source, "procedural:%s:%u", split[i] ? "held-out" : "training",
-                 (unsigned)index);
-        status = fv_clipwriter_add(r->writer, r->pixels, source, caption, err);
-        r->clips++;
-        if (status == FV_OK)
-            status = check_signals(r, err);
+        size_t index = split[i] ? i - o->clips[FV_TRAIN] : i;
+        status = add_drawn(r, (FvSplit)split[i], (uint32_t)index, o->masks ? &labels : NULL, err);
         show_progress(r, i + 1, all, "clips");
     }
     if (status == FV_OK) {
@@ -488,6 +609,7 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
         r->writer = NULL;
         status = fv_clipwriter_finish(writer, split, err);
     }
+    free(labels.masks);
     free(split);
     FV_TRY(status);
     clear_progress(r);
@@ -522,6 +644,7 @@ static FvStatus run(const Options *o, FvError *err) {
         free(r.videos[i].name);
     }
     free(r.videos);
+    fv_captions_free(&r.captions);
     free(r.pixels);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return status;

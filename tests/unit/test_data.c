@@ -136,9 +136,10 @@ static void test_clips_differ(void **state) {
 static void test_clips_prefix(void **state) {
     (void)state;
     uint8_t *longer = malloc(CLIP), *shorter = malloc(CLIP), *masks = malloc(T * S * S);
+    FvClipLabels labels = {.masks = masks};
     assert_true(longer && shorter && masks);
     for (uint32_t i = 0; i < 8; i++) {
-        fv_clip_draw(3, FV_HELD_OUT, i, T, S, longer, masks, NULL, 0);
+        fv_clip_draw(3, FV_HELD_OUT, i, T, S, longer, &labels, NULL, 0);
         fv_clip_draw(3, FV_HELD_OUT, i, 3, S, shorter, NULL, NULL, 0);
         assert_memory_equal(longer, shorter, 3 * S * S * 3);
     }
@@ -180,11 +181,12 @@ static uint8_t highest(const uint8_t *mask, size_t n) {
 static void test_masks(void **state) {
     (void)state;
     uint8_t *pixels = malloc(CLIP), *masks = malloc(T * S * S);
+    FvClipLabels labels = {.masks = masks};
     assert_true(pixels && masks);
     size_t hidden = 0, whole = 0;
     const double disc = 3.14159265 * (S / 11.0) * (S / 11.0);
     for (uint32_t i = 0; i < 32; i++) {
-        fv_clip_draw(0, FV_TRAIN, i, T, S, pixels, masks, NULL, 0);
+        fv_clip_draw(0, FV_TRAIN, i, T, S, pixels, &labels, NULL, 0);
         uint8_t beacon = highest(masks, T * S * S);
         assert_in_range(beacon, 4, 6);
         size_t most[8] = {0}, least[8];
@@ -229,10 +231,11 @@ static double mean_luma(const uint8_t *frame, const uint8_t *mask, uint8_t witho
 static void test_beacon_announces(void **state) {
     (void)state;
     uint8_t *pixels = malloc(CLIP), *masks = malloc(T * S * S);
+    FvClipLabels labels = {.masks = masks};
     assert_true(pixels && masks);
     size_t up = 0, down = 0, pans = 0;
     for (uint32_t i = 0; i < 64; i++) {
-        fv_clip_draw(1, FV_TRAIN, i, T, S, pixels, masks, NULL, 0);
+        fv_clip_draw(1, FV_TRAIN, i, T, S, pixels, &labels, NULL, 0);
         uint8_t id = highest(masks, T * S * S);
         for (size_t t = 0; t + 1 < T; t++) {
             Blob b = find_blob(masks + t * S * S, id);
@@ -254,6 +257,73 @@ static void test_beacon_announces(void **state) {
         }
     }
     assert_true(up > 10 && down > 10 && pans > 20);
+    free(pixels);
+    free(masks);
+}
+
+/* "COLOUR SHAPE " of an object; "" when its numbers have no names. */
+static void name_object(const uint8_t object[2], char *out, size_t size) {
+    const char *colour = fv_clip_colour(object[0]), *shape = fv_clip_shape(object[1]);
+    snprintf(out, size, "%s%s%s%s", colour ? colour : "", colour ? " " : "", shape ? shape : "",
+             shape ? " " : "");
+}
+
+/* The list is as long as the masks' numbers, ends in the beacon and names every body once; the
+ * caption names the body nearest to the viewer. */
+static void test_objects(void **state) {
+    (void)state;
+    uint8_t *pixels = malloc(CLIP), *masks = malloc(T * S * S);
+    assert_true(pixels && masks);
+    for (uint32_t i = 0; i < 64; i++) {
+        FvClipLabels labels = {.masks = masks};
+        char caption[FV_CAPTION_TOKENS + 1], name[64];
+        fv_clip_draw(2, FV_TRAIN, i, T, S, pixels, &labels, caption, sizeof caption);
+        uint8_t beacon = highest(masks, T * S * S);
+        assert_in_range(beacon, 4, FV_CLIP_OBJECTS);
+        unsigned colours = 0;
+        for (size_t k = 0; k < FV_CLIP_OBJECTS; k++) {
+            name_object(labels.objects[k], name, sizeof name);
+            if (k >= beacon) {
+                assert_int_equal(labels.objects[k][0], FV_NO_OBJECT);
+                assert_int_equal(labels.objects[k][1], FV_NO_OBJECT);
+                continue;
+            }
+            assert_int_equal(strcmp(name, "beacon beacon ") == 0, k + 1 == beacon);
+            assert_int_equal(strncmp(caption, name, strlen(name)) == 0, k + 2 == beacon);
+            assert_false(colours >> labels.objects[k][0] & 1);
+            colours |= 1U << labels.objects[k][0];
+        }
+    }
+    assert_null(fv_clip_colour(FV_NO_OBJECT));
+    assert_null(fv_clip_shape(FV_NO_OBJECT));
+    free(pixels);
+    free(masks);
+}
+
+/* Red, green and blue objects look so where the masks say they are, for most of their pixels. */
+static void test_masks_find_colours(void **state) {
+    (void)state;
+    static const char *const primary[3] = {"red", "green", "blue"};
+    uint8_t *pixels = malloc(CLIP), *masks = malloc(T * S * S);
+    assert_true(pixels && masks);
+    size_t right = 0, all = 0;
+    for (uint32_t i = 0; i < 32; i++) {
+        FvClipLabels labels = {.masks = masks};
+        fv_clip_draw(2, FV_TRAIN, i, T, S, pixels, &labels, NULL, 0);
+        for (size_t p = 0; p < (size_t)T * S * S; p++) {
+            const char *colour =
+                masks[p] ? fv_clip_colour(labels.objects[masks[p] - 1][0]) : "background";
+            assert_non_null(colour);
+            const uint8_t *rgb = pixels + 3 * p;
+            for (size_t c = 0; c < 3; c++)
+                if (!strcmp(colour, primary[c])) {
+                    all++;
+                    right += rgb[c] > rgb[(c + 1) % 3] && rgb[c] > rgb[(c + 2) % 3];
+                }
+        }
+    }
+    assert_true(all > 1000);
+    assert_true(right > all * 95 / 100); /* the others are mixed at outlines */
     free(pixels);
     free(masks);
 }
@@ -538,6 +608,7 @@ static void test_round_trip(void **state) {
     assert_string_equal(info->source, path);
     assert_int_equal(info->max_tokens, FV_CAPTION_TOKENS);
     assert_int_equal(fv_data_bytes(&file), info->bytes);
+    assert_int_equal(fv_data_max_tokens(&file), FV_CAPTION_TOKENS);
     char sum[FV_SHA256_TEXT];
     assert_int_equal(fv_sha256_file(path, sum, NULL), FV_OK);
     assert_string_equal(info->sha256, sum);
@@ -886,15 +957,26 @@ static int remove_folder(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sha256),          cmocka_unit_test(test_clips_are_fixed),
-        cmocka_unit_test(test_clips_differ),    cmocka_unit_test(test_clips_prefix),
-        cmocka_unit_test(test_masks),           cmocka_unit_test(test_beacon_announces),
-        cmocka_unit_test(test_captions),        cmocka_unit_test(test_blocks),
-        cmocka_unit_test(test_procedural),      cmocka_unit_test(test_copying),
-        cmocka_unit_test(test_caption_tokens),  cmocka_unit_test(test_order),
-        cmocka_unit_test(test_loader),          cmocka_unit_test(test_round_trip),
-        cmocka_unit_test(test_bad_shapes),      cmocka_unit_test(test_bad_files),
-        cmocka_unit_test(test_file_latents),    cmocka_unit_test(test_large_file),
+        cmocka_unit_test(test_sha256),
+        cmocka_unit_test(test_clips_are_fixed),
+        cmocka_unit_test(test_clips_differ),
+        cmocka_unit_test(test_clips_prefix),
+        cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_objects),
+        cmocka_unit_test(test_masks_find_colours),
+        cmocka_unit_test(test_beacon_announces),
+        cmocka_unit_test(test_captions),
+        cmocka_unit_test(test_blocks),
+        cmocka_unit_test(test_procedural),
+        cmocka_unit_test(test_copying),
+        cmocka_unit_test(test_caption_tokens),
+        cmocka_unit_test(test_order),
+        cmocka_unit_test(test_loader),
+        cmocka_unit_test(test_round_trip),
+        cmocka_unit_test(test_bad_shapes),
+        cmocka_unit_test(test_bad_files),
+        cmocka_unit_test(test_file_latents),
+        cmocka_unit_test(test_large_file),
         cmocka_unit_test(test_prepare_refuses),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
