@@ -24,12 +24,12 @@ export CC WERROR
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all run test tests bench soak info help clean sanitize FORCE \
+.PHONY: all run test tests bench soak weights info help clean sanitize FORCE \
         format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
 # These goals need no compiler, or look for it (and install it) themselves.
-ifneq ($(filter-out run test info help clean format lint-format lint-layers lint-readme,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out run test weights info help clean format lint-format lint-layers lint-readme,$(or $(MAKECMDGOALS),all)),)
 include $(B)/config.mk
 endif
 
@@ -100,6 +100,9 @@ bench: all $(B)/f32/bench_ops
 soak: all
 	tests/soak
 
+weights:
+	@scripts/weights
+
 # --- tests ---------------------------------------------------------------------------------------
 test:
 	@scripts/configure install build optional analysis test
@@ -151,6 +154,7 @@ help:
 	@echo "make run        install what is missing (where it may), build, run the study;"
 	@echo "                NP=ranks, ARGS='options of fovea'"
 	@echo "make test       the whole test suite; tests/run NAME... runs some of it"
+	@echo "make weights    fetch the published checkpoints into models/ (docs/weights.md)"
 	@echo "make info       what was found, what was not and what that turns off"
 	@echo "make bench      speed: every operation, steps per second, the whole study"
 	@echo "make soak       long runs that are killed and started again"
