@@ -24,12 +24,12 @@ export CC WERROR
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all run test tests bench soak info help clean sanitize fuzz fuzz-build FORCE \
+.PHONY: all run test tests bench soak weights info help clean sanitize fuzz fuzz-build FORCE \
         format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
 # These goals need no compiler, or look for it (and install it) themselves.
-ifneq ($(filter-out run test info help clean format lint-format lint-layers lint-readme,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out run test weights info help clean format lint-format lint-layers lint-readme,$(or $(MAKECMDGOALS),all)),)
 include $(B)/config.mk
 endif
 
@@ -117,6 +117,9 @@ soak: all fuzz-build
 	tests/soak
 	tests/fuzz/run $$(($(or $(SECONDS),3600) / $(words $(FUZZERS))))
 
+weights:
+	@scripts/weights
+
 # --- tests ---------------------------------------------------------------------------------------
 test:
 	@scripts/configure install build optional analysis test
@@ -173,6 +176,7 @@ help:
 	@echo "make run        install what is missing (where it may), build, run the study;"
 	@echo "                NP=ranks, ARGS='options of fovea'"
 	@echo "make test       the whole test suite; tests/run NAME... runs some of it"
+	@echo "make weights    fetch the published checkpoints into models/ (docs/weights.md)"
 	@echo "make info       what was found, what was not and what that turns off"
 	@echo "make bench      speed: every operation, steps per second, the whole study"
 	@echo "make soak       long runs that are killed and started again; an hour of fuzzing"
