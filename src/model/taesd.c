@@ -29,7 +29,8 @@ struct FvTaesd {
     real *host;                  /* [frames, size * size, 3] */
 };
 
-/* 0 and 14 are plain convolutions, these halve the image and have no bias, all others are blocks. */
+/* 0 and 14 are plain convolutions, these halve the image and have no bias, all others are blocks.
+ */
 static bool halves(size_t layer) {
     return layer == 2 || layer == 6 || layer == 10;
 }
@@ -116,6 +117,10 @@ void fv_taesd_destroy(FvTaesd *t) {
 
 FvParams *fv_taesd_params(FvTaesd *t) {
     return &t->params;
+}
+
+size_t fv_taesd_frames(const FvTaesd *t) {
+    return t->frames;
 }
 
 /* x = relu(x + conv(relu(conv(relu(conv(x)))))); a, b scratch */

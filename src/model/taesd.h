@@ -19,10 +19,12 @@ void fv_taesd_destroy(FvTaesd *); /* NULL is fine */
 /* Named as the published files name them: "0.weight", "0.bias", "1.conv.0.weight", ... */
 FvParams *fv_taesd_params(FvTaesd *);
 
+/* How many frames are in memory at a time: fewer at once leave threads idle. */
+size_t fv_taesd_frames(const FvTaesd *);
+
 /* pixels [frames, size, size, 3] -> latents [frames, 4, size/8, size/8], both in host memory; the
- * network reads pixels as RGB in [0, 1], and its output is used as it comes. Any number of frames:
- * a few are in memory at a time. FV_DEVICE when the backend failed. */
-FvStatus fv_taesd_encode(FvTaesd *, size_t frames, const uint8_t *pixels, real *latents,
-                         FvError *);
+ * network reads pixels as RGB in [0, 1], and its output is used as it comes. FV_DEVICE when the
+ * backend failed. */
+FvStatus fv_taesd_encode(FvTaesd *, size_t frames, const uint8_t *pixels, real *latents, FvError *);
 
 #endif
