@@ -9,6 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/memory.h"
 #include "model/config.h"
 #include "run/hdf5_lock.h"
 
@@ -71,7 +72,9 @@ static FvStatus copy_open(int from, int to, const char *path, FvSha256 *sum, FvE
     return status;
 }
 
-static FvStatus copy_file(const char *path, const char *sha256, const char *temporary,
+/* The copy gets room for `added` bytes more at once: HDF5 does not get over a disk that fills up
+ * under it. What it does not need it cuts off when it closes the file. */
+static FvStatus copy_file(const char *path, const char *sha256, const char *temporary, size_t added,
                           FvError *err) {
     struct stat info = {0};
     char got[FV_SHA256_TEXT];
@@ -83,6 +86,12 @@ static FvStatus copy_file(const char *path, const char *sha256, const char *temp
     else if ((to = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, info.st_mode & 0777)) <
              0)
         status = FV_FAIL(err, FV_IO, "%s: cannot be written: %s", temporary, strerror(errno));
+    if (status == FV_OK) {
+        int reason = posix_fallocate(to, 0, info.st_size + (off_t)added);
+        if (reason != 0)
+            status = FV_FAIL(err, FV_IO, "%s: cannot be written: %s: needs room for a copy of %s",
+                             temporary, strerror(reason), path);
+    }
     fv_sha256_start(&sum);
     if (status == FV_OK)
         status = copy_open(from, to, path, &sum, err);
@@ -168,16 +177,15 @@ static FvStatus fill(hid_t file, const char *path, const FvLatents *l, FvError *
 
 FvStatus fv_latents_write(const char *path, const char *sha256, const char *temporary,
                           const FvLatents *l, FvError *err) {
-    FvStatus status = copy_file(path, sha256, temporary, err);
+    enum { MORE = 1 << 16 }; /* for what describes the dataset */
+    size_t values = fv_mul4(l->clips, l->frames, fv_mul(l->side, l->side), FV_LATENT_CHANNELS);
+    size_t added = fv_add(fv_mul(values, sizeof(float)), MORE);
+    FvStatus status = copy_file(path, sha256, temporary, added, err);
     if (status == FV_OK) {
         fv_hdf5_lock();
         hid_t file = open_copy(temporary);
         status = file >= 0 ? fill(file, path, l, err) : fail_hdf5(path, err);
-        /* After a disk has filled up HDF5 still wants to write the rest, and crashes when it
-         * cannot: the space that the thrown-away copy gives back lets it end. Where that fails it
-         * stays open. */
-        bool room = status == FV_OK || truncate(temporary, 0) == 0;
-        if (file >= 0 && room && H5Fclose(file) < 0 && status == FV_OK)
+        if (file >= 0 && H5Fclose(file) < 0 && status == FV_OK)
             status = fail_hdf5(path, err);
         fv_hdf5_unlock();
     }
