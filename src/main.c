@@ -15,6 +15,7 @@
 #include "run/files.h"
 #include "run/hdf5_lock.h"
 #include "run/info.h"
+#include "run/latents_command.h"
 #include "run/prepare.h"
 #include "run/pretrain.h"
 #include "run/processor.h"
@@ -44,6 +45,7 @@ static void print_help(void) {
     printf("usage: fovea [STUDY.yaml] [key=value ...] [NAME.key=value ...] [options]\n"
            "       mpirun -np N fovea ...   N ranks share the study's jobs\n"
            "       fovea prepare VIDEOS... -o clips.h5   makes a data file of videos\n"
+           "       fovea latents clips.h5 --vae FILE     adds an autoencoder's latents to it\n"
            "       fovea pretrain DATA [key=value ...]   trains an encoder without labels; --help\n"
            "       fovea info STUDY.yaml [FILE] | FILE   lists parameters and what FILE would set\n"
            "       fovea status OUT                      how a study stands\n\n"
@@ -115,6 +117,8 @@ static FvStatus run_ranked(int argc, char **argv, const FvOptions *options, Rank
 static FvStatus run_command(int argc, char **argv, FvError *err) {
     if (strcmp(argv[1], "prepare") == 0)
         return fv_prepare(argc - 1, argv + 1, err);
+    if (strcmp(argv[1], "latents") == 0)
+        return fv_latents_command(argc - 1, argv + 1, err);
     if (strcmp(argv[1], "info") == 0)
         return fv_info(argc - 1, argv + 1, err);
     if (argc != 3)
@@ -123,7 +127,7 @@ static FvStatus run_command(int argc, char **argv, FvError *err) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const commands[] = {"prepare", "info", "status"};
+    static const char *const commands[] = {"prepare", "latents", "info", "status"};
     FvError err = {0};
     FvStatus status;
     catch_signals(); /* before MPI starts: a batch system may signal at any moment */

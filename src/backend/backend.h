@@ -41,9 +41,14 @@ typedef struct FvQuery {
     size_t top_k; /* keep the k largest scores (ties: lower index); 0 or > keys keeps all */
 } FvQuery;
 
-typedef struct FvConv { /* 3 x 3, stride 1, padding 1 */
+typedef struct FvConv { /* 3 x 3, padding 1 */
     size_t frames, height, width, in, out;
+    size_t stride; /* 1 or 2; the output has fv_conv_side(height, stride) rows, columns alike */
 } FvConv;
+
+static inline size_t fv_conv_side(size_t side, size_t stride) { /* ceil(side / stride) */
+    return side / stride + (side % stride != 0);
+}
 
 typedef struct FvAdamW {
     double lr, beta1, beta2, eps, weight_decay;
@@ -85,6 +90,9 @@ typedef struct FvOps {
     /* exact GELU, x * Phi(x); gelu_back: dx = dy * gelu'(x), dx may be dy */
     void (*gelu)(FvBackend *, size_t n, const real *x, real *y);
     void (*gelu_back)(FvBackend *, size_t n, const real *x, const real *dy, real *dx);
+    /* max(x, 0), NaN stays NaN; relu_back: dx = dy where x > 0, else 0; y may be x, dx may be dy */
+    void (*relu)(FvBackend *, size_t n, const real *x, real *y);
+    void (*relu_back)(FvBackend *, size_t n, const real *x, const real *dy, real *dx);
     /* y = silu(gate) * up; dgate may be dy */
     void (*swiglu)(FvBackend *, size_t n, const real *gate, const real *up, real *y);
     void (*swiglu_back)(FvBackend *, size_t n, const real *gate, const real *up, const real *dy,
@@ -139,7 +147,8 @@ typedef struct FvOps {
                    const real *cls, const real *pos, real *x);
     void (*tokens_back)(FvBackend *, size_t frames, size_t patches, size_t width, const real *dx,
                         real *dpatch, real *dcls, real *dpos);
-    /* x [frames, height * width, in], w [out, 3, 3, in], y [frames, height * width, out] */
+    /* x [frames, height * width, in], w [out, 3, 3, in], bias [out] or NULL, y [frames, rows *
+     * columns of the output, out]; y(i, j) is centred on x(i * stride, j * stride) */
     void (*conv)(FvBackend *, const FvConv *, const real *x, const real *w, const real *bias,
                  real *y);
     void (*conv_back)(FvBackend *, const FvConv *, const real *x, const real *w, const real *dy,

@@ -123,6 +123,8 @@ void fv_cpu_residual_back(FvBackend *, size_t rows, size_t width, const real *sc
 /* cpu_activation.c */
 void fv_cpu_gelu(FvBackend *, size_t n, const real *x, real *y);
 void fv_cpu_gelu_back(FvBackend *, size_t n, const real *x, const real *dy, real *dx);
+void fv_cpu_relu(FvBackend *, size_t n, const real *x, real *y);
+void fv_cpu_relu_back(FvBackend *, size_t n, const real *x, const real *dy, real *dx);
 void fv_cpu_swiglu(FvBackend *, size_t n, const real *gate, const real *up, real *y);
 void fv_cpu_swiglu_back(FvBackend *, size_t n, const real *gate, const real *up, const real *dy,
                         real *dgate, real *dup);

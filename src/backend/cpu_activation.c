@@ -1,4 +1,4 @@
-/* GELU and SwiGLU. */
+/* GELU, ReLU and SwiGLU. */
 #include "backend/cpu.h"
 #include "backend/cpu_math.h"
 
@@ -16,6 +16,16 @@ FV_SIMD static void gelu_range(size_t n, const real *restrict x, real *restrict 
 FV_SIMD static void gelu_back_range(size_t n, const real *x, const real *dy, real *dx) {
     for (size_t i = 0; i < n; i++)
         dx[i] = dy[i] * fv_gelu_slope(x[i]);
+}
+
+FV_SIMD static void relu_range(size_t n, const real *x, real *y) {
+    for (size_t i = 0; i < n; i++)
+        y[i] = x[i] < 0 ? 0 : x[i]; /* a comparison that lets NaN pass */
+}
+
+FV_SIMD static void relu_back_range(size_t n, const real *x, const real *dy, real *dx) {
+    for (size_t i = 0; i < n; i++)
+        dx[i] = x[i] > 0 ? dy[i] : 0;
 }
 
 FV_SIMD static void swiglu_range(size_t n, const real *gate, const real *up, real *y) {
@@ -42,6 +52,16 @@ static void gelu_tile(void *arg, size_t tile, size_t thread) {
         gelu_range(n, m->x + at, m->y + at);
 }
 
+static void relu_tile(void *arg, size_t tile, size_t thread) {
+    const Map *m = arg;
+    (void)thread;
+    size_t at = fv_split_start(&m->split, tile), n = fv_split_length(&m->split, tile);
+    if (m->dy)
+        relu_back_range(n, m->x + at, m->dy + at, m->y + at);
+    else
+        relu_range(n, m->x + at, m->y + at);
+}
+
 static void swiglu_tile(void *arg, size_t tile, size_t thread) {
     const Map *m = arg;
     (void)thread;
@@ -66,6 +86,16 @@ void fv_cpu_gelu(FvBackend *backend, size_t n, const real *x, real *y) {
 void fv_cpu_gelu_back(FvBackend *backend, size_t n, const real *x, const real *dy, real *dx) {
     Map m = {.x = x, .dy = dy, .y = dx};
     run(backend, n, gelu_tile, &m);
+}
+
+void fv_cpu_relu(FvBackend *backend, size_t n, const real *x, real *y) {
+    Map m = {.x = x, .y = y};
+    run(backend, n, relu_tile, &m);
+}
+
+void fv_cpu_relu_back(FvBackend *backend, size_t n, const real *x, const real *dy, real *dx) {
+    Map m = {.x = x, .dy = dy, .y = dx};
+    run(backend, n, relu_tile, &m);
 }
 
 void fv_cpu_swiglu(FvBackend *backend, size_t n, const real *gate, const real *up, real *y) {

@@ -18,7 +18,8 @@ static FvConv conv_shape(const FvModel *m, size_t i) {
                     .height = side,
                     .width = side,
                     .in = channels(m, units[i][0]),
-                    .out = channels(m, units[i][1])};
+                    .out = channels(m, units[i][1]),
+                    .stride = 1};
 }
 
 void fv_head_params(FvModel *m, FvParams *table) {

@@ -2,7 +2,6 @@
 
 #include <math.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +10,7 @@
 #include "base/memory.h"
 #include "model/config.h"
 #include "run/data_file.h"
+#include "run/processor.h"
 #include "run/sha256.h"
 
 enum {
@@ -175,9 +175,8 @@ static void *worker(void *argument) {
 }
 
 static size_t worker_count(void) {
-    cpu_set_t set;
-    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    return n < 1 ? 1 : n > MAX_WORKERS ? MAX_WORKERS : (size_t)n;
+    size_t n = fv_available_cores();
+    return n > MAX_WORKERS ? MAX_WORKERS : n;
 }
 
 static FvStatus work_on_all(FvData *d, double *sums, FvError *err) {

@@ -18,6 +18,11 @@ typedef struct Shape {
     hsize_t dim[MAX_RANK]; /* 0 in a wanted shape: any */
 } Shape;
 
+FvClipFile fv_clipfile_closed(void) {
+    return (FvClipFile){
+        .file = -1, .pixels = -1, .latents = -1, .tokens = -1, .token_count = -1, .split = -1};
+}
+
 /* "[120, 16, 96, 96, 3]"; a dimension of 0 reads `any`. */
 static const char *shape_text(const Shape *s, const char *any, char *out, size_t size) {
     size_t used = 0;
@@ -149,17 +154,14 @@ static FvStatus open_tokens(FvClipFile *f, FvError *err) {
     return FV_OK;
 }
 
-static FvStatus open_file(FvClipFile *f, FvError *err) {
+/* otherwise: what else the user may name, for the message */
+static FvStatus open_file(FvClipFile *f, const char *otherwise, FvError *err) {
     if (access(f->path, R_OK) != 0)
-        return FV_FAIL(err, FV_DATA,
-                       "%s: %s: name a file made by `fovea prepare`, or "
-                       "data=procedural",
-                       f->path, strerror(errno));
+        return FV_FAIL(err, FV_DATA, "%s: %s: name a file made by `fovea prepare`%s", f->path,
+                       strerror(errno), otherwise);
     if (H5Fis_hdf5(f->path) <= 0)
-        return FV_FAIL(err, FV_DATA,
-                       "%s: not an HDF5 file: name a file made by `fovea prepare`, or "
-                       "data=procedural",
-                       f->path);
+        return FV_FAIL(err, FV_DATA, "%s: not an HDF5 file: name a file made by `fovea prepare`%s",
+                       f->path, otherwise);
     hid_t access_list = H5Pcreate(H5P_FILE_ACCESS);
     if (access_list < 0)
         return fail_hdf5(err, f, "cannot be opened");
@@ -174,7 +176,7 @@ static FvStatus open_file(FvClipFile *f, FvError *err) {
 }
 
 static FvStatus open_all(FvClipFile *f, const FvConfig *config, FvError *err) {
-    FV_TRY(open_file(f, err));
+    FV_TRY(open_file(f, ", or data=procedural", err));
     FV_TRY(open_frames(f, err));
     Shape there = {0}, needed = {1, {f->clips}};
     FV_TRY(open_dataset(f, "/split", H5T_INTEGER, 0, "integers [clips]", &f->split, &there, err));
@@ -194,22 +196,51 @@ static void close_all(FvClipFile *f) {
     if (f->file >= 0)
         H5Fclose(f->file); /* only read: nothing to lose */
     free(f->scratch);
-    *f = (FvClipFile){
-        .file = -1, .pixels = -1, .latents = -1, .tokens = -1, .token_count = -1, .split = -1};
+    *f = fv_clipfile_closed();
 }
 
 FvStatus fv_clipfile_open(const FvConfig *config, FvClipFile *out, FvError *err) {
-    *out = (FvClipFile){.frames = config->frames,
-                        .size = config->image_size,
-                        .file = -1,
-                        .pixels = -1,
-                        .latents = -1,
-                        .tokens = -1,
-                        .token_count = -1,
-                        .split = -1};
+    *out = fv_clipfile_closed();
+    out->frames = config->frames;
+    out->size = config->image_size;
     snprintf(out->path, sizeof out->path, "%s", config->data);
     fv_hdf5_lock();
     FvStatus status = open_all(out, config, err);
+    if (status != FV_OK)
+        close_all(out);
+    fv_hdf5_unlock();
+    return status;
+}
+
+static FvStatus open_any_frames(FvClipFile *f, FvError *err) {
+    Shape there = {0};
+    FV_TRY(open_file(f, "", err));
+    FV_TRY(open_frames(f, err)); /* frames and size 0: any */
+    hid_t space = H5Dget_space(f->pixels);
+    bool good = space >= 0 && H5Sget_simple_extent_dims(space, there.dim, NULL) == 5;
+    FvStatus status = good ? FV_OK : fail_hdf5(err, f, "/frames");
+    if (space >= 0)
+        H5Sclose(space);
+    FV_TRY(status);
+    f->frames = there.dim[1];
+    f->size = there.dim[2];
+    if (f->frames == 0 || f->size == 0 || there.dim[3] != f->size || f->size % FV_LATENT_STRIDE)
+        return FV_FAIL(
+            err, FV_DATA,
+            "%s: /frames holds clips of %zu frames, %zu x %zu pixels: needs squares of a "
+            "multiple of %d pixels: prepare the file again",
+            f->path, f->frames, f->size, (size_t)there.dim[3], FV_LATENT_STRIDE);
+    return FV_OK;
+}
+
+FvStatus fv_clipfile_open_frames(const char *path, FvClipFile *out, FvError *err) {
+    *out = fv_clipfile_closed();
+    if (strlen(path) >= sizeof out->path)
+        return FV_FAIL(err, FV_DATA, "%.200s...: the path is longer than %zu bytes", path,
+                       sizeof out->path - 1);
+    snprintf(out->path, sizeof out->path, "%s", path);
+    fv_hdf5_lock();
+    FvStatus status = open_any_frames(out, err);
     if (status != FV_OK)
         close_all(out);
     fv_hdf5_unlock();

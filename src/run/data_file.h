@@ -19,10 +19,15 @@ typedef struct FvClipFile {
     float *scratch; /* one clip of /latents as it lies in the file; used under the HDF5 lock */
 } FvClipFile;
 
+/* Nothing is open: may be closed. */
+FvClipFile fv_clipfile_closed(void);
+
 /* Opens the file that config->data names and compares type and shape of every dataset that the
  * study reads with what it needs. FV_DATA with file, dataset, what is there and what is needed;
  * nothing is open then. */
 FvStatus fv_clipfile_open(const FvConfig *config, FvClipFile *out, FvError *err);
+/* The frames alone, of any number of clips, frames and pixels that a study could use. */
+FvStatus fv_clipfile_open_frames(const char *path, FvClipFile *out, FvError *err);
 void fv_clipfile_close(FvClipFile *);
 
 /* split [clips]: 0 training, 1 held-out; any other value in the file is FV_DATA. */

@@ -44,20 +44,6 @@ static hid_t create_text_type(void) { /* of any length */
     return type;
 }
 
-static bool add_text(hid_t object, const char *name, const char *value) {
-    hid_t type = create_text_type(), space = H5Screate(H5S_SCALAR), attribute = -1;
-    bool ok = type >= 0 && space >= 0 &&
-              (attribute = H5Acreate2(object, name, type, space, H5P_DEFAULT, H5P_DEFAULT)) >= 0 &&
-              H5Awrite(attribute, type, &value) >= 0;
-    if (attribute >= 0)
-        H5Aclose(attribute);
-    if (space >= 0)
-        H5Sclose(space);
-    if (type >= 0)
-        H5Tclose(type);
-    return ok;
-}
-
 static bool add_number(hid_t object, const char *name, uint64_t value) {
     hid_t space = H5Screate(H5S_SCALAR), attribute = -1;
     bool ok = space >= 0 &&
@@ -72,7 +58,8 @@ static bool add_number(hid_t object, const char *name, uint64_t value) {
 }
 
 static bool describe(hid_t dataset, const char *units, const char *long_name) {
-    return add_text(dataset, "units", units) && add_text(dataset, "long_name", long_name);
+    return fv_hdf5_put_text(dataset, "units", units) &&
+           fv_hdf5_put_text(dataset, "long_name", long_name);
 }
 
 /* Properties of a new dataset: no time stamps, so that the same clips make the same file. */
@@ -304,8 +291,8 @@ static bool write_ids(const FvClipWriter *w, const int32_t *tokens) {
     const hsize_t shape[2] = {w->clips, s->max_tokens};
     hid_t dataset = write_open(w->file, "/tokens", 2, shape, H5T_STD_I32LE, H5T_NATIVE_INT32,
                                tokens, "ids of the caption's tokens: clip, place");
-    return dataset >= 0 && add_text(dataset, "tokenizer", s->tokenizer) &&
-           add_text(dataset, "tokenizer_sha256", s->tokenizer_sha256) &&
+    return dataset >= 0 && fv_hdf5_put_text(dataset, "tokenizer", s->tokenizer) &&
+           fv_hdf5_put_text(dataset, "tokenizer_sha256", s->tokenizer_sha256) &&
            add_number(dataset, "vocabulary", s->vocabulary) && H5Dclose(dataset) >= 0;
 }
 
@@ -341,10 +328,11 @@ static FvStatus write_rest(FvClipWriter *w, const uint8_t *split, FvError *err) 
         FV_TRY(write_objects(w, err));
     if (s->max_tokens)
         FV_TRY(write_tokens(w, err));
-    if (!add_text(w->file, "format", "fovea-clips") || !add_number(w->file, "format_version", 1) ||
-        !add_text(w->file, "made_from", s->made_from) ||
+    if (!fv_hdf5_put_text(w->file, "format", "fovea-clips") ||
+        !add_number(w->file, "format_version", 1) ||
+        !fv_hdf5_put_text(w->file, "made_from", s->made_from) ||
         !add_number(w->file, "frames", s->frames) || !add_number(w->file, "stride", s->stride) ||
-        !add_number(w->file, "size", s->size) || !add_text(w->file, "crop", s->crop) ||
+        !add_number(w->file, "size", s->size) || !fv_hdf5_put_text(w->file, "crop", s->crop) ||
         !add_number(w->file, "seed", s->seed))
         return fail_hdf5(err, w, "attributes");
     if (H5Fflush(w->file, H5F_SCOPE_LOCAL) < 0)
@@ -358,36 +346,12 @@ static FvStatus write_rest(FvClipWriter *w, const uint8_t *split, FvError *err) 
     return closed ? FV_OK : fail_hdf5(err, w, "the file");
 }
 
-/* Makes what `path` names last over a loss of power; a folder's entries too. */
-static bool sync_path(const char *path) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return false;
-    bool ok = fsync(fd) == 0;
-    int reason = errno;
-    close(fd);
-    errno = reason;
-    return ok;
-}
-
-static FvStatus publish(const FvClipWriter *w, FvError *err) {
-    char folder[FV_PATH];
-    snprintf(folder, sizeof folder, "%s", w->path);
-    char *slash = strrchr(folder, '/');
-    if (slash)
-        slash[slash == folder] = 0;
-    if (!sync_path(w->temporary) || rename(w->temporary, w->path) != 0 ||
-        !sync_path(slash ? folder : "."))
-        return FV_FAIL(err, FV_IO, "%s: cannot be written: %s", w->path, strerror(errno));
-    return FV_OK;
-}
-
 FvStatus fv_clipwriter_finish(FvClipWriter *w, const uint8_t *split, FvError *err) {
     fv_hdf5_lock();
     FvStatus status = write_rest(w, split, err);
     fv_hdf5_unlock();
     if (status == FV_OK)
-        status = publish(w, err);
+        status = fv_file_publish(w->temporary, w->path, err);
     fv_clipwriter_abandon(w); /* a renamed file has no temporary left to remove */
     return status;
 }

@@ -163,6 +163,18 @@ FvStatus fv_file_write(const char *path, const FvBytes *parts, size_t count, FvE
     return FV_OK;
 }
 
+FvStatus fv_file_publish(const char *temporary, const char *path, FvError *err) {
+    int file = open(temporary, O_RDONLY | O_CLOEXEC);
+    bool good = file >= 0 && fsync(file) == 0;
+    int reason = errno;
+    if (file >= 0)
+        close(file); /* was only synced */
+    errno = reason;
+    if (!good || rename(temporary, path) != 0 || !sync_folder_of(path))
+        return FV_FAIL(err, FV_IO, "%s: cannot be written: %s", path, strerror(errno));
+    return FV_OK;
+}
+
 static bool is_temporary(const char *name) {
     const char *mark = NULL;
     for (const char *at = name; (at = strstr(at, ".tmp-")); at++)

@@ -30,6 +30,10 @@ typedef struct FvBytes {
  * failure the temporary file is removed and FV_IO tells path and reason. */
 FvStatus fv_file_write(const char *path, const FvBytes *parts, size_t count, FvError *err);
 
+/* Syncs a written file, renames it to `path` and syncs the folder: what `path` names is replaced
+ * whole. FV_IO tells path and reason; the temporary file is the caller's then. */
+FvStatus fv_file_publish(const char *temporary, const char *path, FvError *err);
+
 /* Removes temporary files that killed processes have left in a folder that nobody else writes to;
  * a folder that is not there holds none. */
 FvStatus fv_remove_temporaries(const char *folder, FvError *err);

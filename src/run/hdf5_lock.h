@@ -2,7 +2,9 @@
 #ifndef FV_RUN_HDF5_LOCK_H
 #define FV_RUN_HDF5_LOCK_H
 
+#include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 /* Waits for the process-wide lock, and keeps HDF5 from printing its error stack. Not recursive. */
 void fv_hdf5_lock(void);
@@ -14,5 +16,8 @@ void fv_hdf5_version(char *out, size_t size);
 /* With the lock held, right after a call that failed: HDF5's innermost reason, one line, such as
  * "No space left on device"; "unknown reason" when there is none. */
 void fv_hdf5_reason(char *out, size_t size);
+
+/* With the lock held: adds a UTF-8 text attribute to an object (a hid_t); false on failure. */
+bool fv_hdf5_put_text(int64_t object, const char *name, const char *value);
 
 #endif

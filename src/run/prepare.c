@@ -4,8 +4,6 @@
 #include <errno.h>
 #include <getopt.h>
 #include <math.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -13,11 +11,10 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "base/memory.h"
 #include "base/rng.h"
+#include "run/bar.h"
 #include "run/captions.h"
 #include "run/data.h"
 #include "run/data_writer.h"
@@ -54,9 +51,8 @@ typedef struct Run {
     FvCaptions captions;
     FvClipWriter *writer;
     uint8_t *pixels; /* one clip */
-    sigset_t signals;
-    bool terminal; /* progress is a line that is written over */
-    time_t shown;  /* when progress was last printed */
+    FvSignals signals;
+    FvBar bar;
 } Run;
 
 /* --- command line ----------------------------------------------------------------------------- */
@@ -233,42 +229,12 @@ static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
     return FV_OK;
 }
 
-/* --- progress and signals --------------------------------------------------------------------- */
-
-/* Takes the place of the progress line, so that what is printed next starts a line. */
-static void clear_progress(const Run *r) {
-    if (r->terminal)
-        fputs("\r\033[K", stderr);
-}
-
-/* A bar on a terminal, about ten times a second; otherwise a line every ten seconds. */
-static void show_progress(Run *r, size_t done, size_t all, const char *what) {
-    enum { BAR = 30 };
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    time_t tick = r->terminal ? now.tv_sec * 10 + now.tv_nsec / 100000000 : now.tv_sec / 10;
-    if (r->shown == tick)
-        return;
-    bool first = r->shown == 0;
-    r->shown = tick;
-    if (!r->terminal && first)
-        return;
-    int filled = all ? (int)(BAR * done / all) : 0;
-    if (r->terminal)
-        fprintf(stderr, "\r[%.*s%*s] %zu/%zu %s, %zu clips\033[K", filled,
-                "##############################", BAR - filled, "", done, all, what, r->clips);
-    else
-        fprintf(stderr, "prepare: %zu/%zu %s, %zu clips\n", done, all, what, r->clips);
-}
-
-/* The signals are blocked while files are written, and looked for between frames: nothing has to be
- * undone in a handler. One that came is used up. */
+/* Looked for between frames. */
 static FvStatus check_signals(const Run *r, FvError *err) {
-    struct timespec at_once = {0};
-    int signal = sigtimedwait(&r->signals, NULL, &at_once);
-    if (signal > 0)
+    const char *signal = fv_signals_next(&r->signals);
+    if (signal)
         return FV_FAIL(err, FV_STOPPED, "prepare: stopped by a signal (%s), %s is not written",
-                       strsignal(signal), r->options->output);
+                       signal, r->options->output);
     return FV_OK;
 }
 
@@ -352,7 +318,7 @@ static bool looks_like_video(const char *path) {
 /* --- clips ------------------------------------------------------------------------------------ */
 
 static void report(const Run *r, const Video *v, const char *what, const char *reason) {
-    clear_progress(r);
+    fv_bar_clear(&r->bar);
     fprintf(stderr, "prepare: %s: %s%s%s\n", v->path, what, *reason ? ": " : "", reason);
 }
 
@@ -388,7 +354,7 @@ static FvStatus cut_clips(Run *r, Video *v, FvVideo *video, FvError *err) {
             r->clips++;
         }
         FV_TRY(check_signals(r, err));
-        show_progress(r, (size_t)(v - r->videos), r->video_count, "files");
+        fv_bar_show(&r->bar, (size_t)(v - r->videos), r->video_count, "files, %zu clips", r->clips);
     }
     return FV_OK;
 }
@@ -484,7 +450,7 @@ static FvStatus finish_videos(Run *r, FvError *err) {
     FvStatus status = fv_clipwriter_finish(writer, split, err);
     free(split);
     FV_TRY(status);
-    clear_progress(r);
+    fv_bar_clear(&r->bar);
     size_t usable = r->video_count - r->unreadable - r->too_short - r->others;
     printf("%s: %zu clips of %zu frames, %zu x %zu pixels, from %zu videos\n"
            "training: %zu clips of %zu videos, held out: %zu clips of %zu videos\n"
@@ -602,7 +568,7 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
         split[i] = i < o->clips[FV_TRAIN] ? FV_TRAIN : FV_HELD_OUT;
         size_t index = split[i] ? i - o->clips[FV_TRAIN] : i;
         status = add_drawn(r, (FvSplit)split[i], (uint32_t)index, o->masks ? &labels : NULL, err);
-        show_progress(r, i + 1, all, "clips");
+        fv_bar_show(&r->bar, i + 1, all, "clips");
     }
     if (status == FV_OK) {
         FvClipWriter *writer = r->writer;
@@ -612,7 +578,7 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
     free(labels.masks);
     free(split);
     FV_TRY(status);
-    clear_progress(r);
+    fv_bar_clear(&r->bar);
     printf("%s: %zu procedural clips of %zu frames, %zu x %zu pixels\n"
            "training: %zu clips, held out: %zu clips\n",
            o->output, all, o->frames, o->size, o->size, o->clips[FV_TRAIN], o->clips[FV_HELD_OUT]);
@@ -620,13 +586,7 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
 }
 
 static FvStatus run(const Options *o, FvError *err) {
-    Run r = {.options = o, .terminal = isatty(STDERR_FILENO) == 1};
-    sigset_t before;
-    sigemptyset(&r.signals);
-    sigaddset(&r.signals, SIGINT);
-    sigaddset(&r.signals, SIGTERM);
-    sigaddset(&r.signals, SIGHUP);
-    pthread_sigmask(SIG_BLOCK, &r.signals, &before);
+    Run r = {.options = o, .bar = fv_bar_start("prepare"), .signals = fv_signals_hold()};
     r.pixels = malloc(fv_mul4(o->frames, o->size, o->size, 3));
     FvStatus status;
     if (!r.pixels)
@@ -637,7 +597,7 @@ static FvStatus run(const Options *o, FvError *err) {
     else
         status = o->procedural ? prepare_procedural(&r, err) : prepare_videos(&r, err);
     if (status != FV_OK)
-        clear_progress(&r);
+        fv_bar_clear(&r.bar);
     fv_clipwriter_abandon(r.writer);
     for (size_t i = 0; i < r.video_count; i++) {
         free(r.videos[i].path);
@@ -646,7 +606,7 @@ static FvStatus run(const Options *o, FvError *err) {
     free(r.videos);
     fv_captions_free(&r.captions);
     free(r.pixels);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    fv_signals_release(&r.signals);
     return status;
 }
 

@@ -206,8 +206,13 @@ static FvStatus open_data(Pretrain *p, FvError *err) {
     d.image_size = c->image_size;
     if (strlen(p->source) >= sizeof d.data)
         return FV_FAIL(err, FV_USAGE, "%.100s...: path is too long", p->source);
-    if (strcmp(d.data, "procedural") != 0)
-        return FV_FAIL(err, FV_USAGE, "TODO");
+    if (strcmp(d.data, "procedural") != 0) {
+        FvClipFile file;
+        FV_TRY(fv_clipfile_open_frames(d.data, &file, err));
+        d.frames = file.frames;
+        d.image_size = file.size;
+        fv_clipfile_close(&file);
+    }
     FV_TRY(fv_data_open(&d, &p->data, err));
     const FvDataInfo *info = fv_data_info(p->data);
     p->frames = info->frames;

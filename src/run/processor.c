@@ -70,6 +70,12 @@ size_t fv_claim_cores(const FvWorld *world) {
     return cores;
 }
 
+size_t fv_available_cores(void) {
+    cpu_set_t set;
+    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    return n < 1 ? 1 : (size_t)n;
+}
+
 FvMemoryUse fv_memory_use(void) {
     FvMemoryUse use = {0, 0};
     FILE *file = fopen("/proc/self/status", "r");

@@ -15,6 +15,9 @@ void fv_settle_blas(char **argv);
  * a host was chosen by somebody and is kept. Collective over the host. */
 size_t fv_claim_cores(const FvWorld *);
 
+/* Cores that this process may use: for commands that have no ranks. */
+size_t fv_available_cores(void);
+
 /* Bytes of memory that this process holds, and has held at most (0 where the system does not
  * tell). */
 typedef struct FvMemoryUse {

@@ -112,12 +112,12 @@ static void rope(Bench *b, const Shape *s) { /* batch, rows, heads, width */
 }
 
 static void conv(Bench *b, const Shape *s) { /* frames, side, in, out */
-    FvConv c = {s->a, s->b, s->b, s->c, s->d};
+    FvConv c = {s->a, s->b, s->b, s->c, s->d, 1};
     b->ops->conv(b->be, &c, b->t[0], b->t[1], b->t[2], b->t[7]);
 }
 
 static void conv_back(Bench *b, const Shape *s) {
-    FvConv c = {s->a, s->b, s->b, s->c, s->d};
+    FvConv c = {s->a, s->b, s->b, s->c, s->d, 1};
     b->ops->conv_back(b->be, &c, b->t[0], b->t[1], b->t[2], b->t[7], false, b->t[6], b->t[5]);
 }
 

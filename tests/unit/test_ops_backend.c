@@ -24,6 +24,8 @@ static void run_dense(Testing *t) {
     t->ops->residual_back(t->be, ROWS, IN, w, x, a, testing_tensor(t, N), dw);
     t->ops->gelu(t->be, N, x, testing_tensor(t, N));
     t->ops->gelu_back(t->be, N, x, a, testing_tensor(t, N));
+    t->ops->relu(t->be, N, x, testing_tensor(t, N));
+    t->ops->relu_back(t->be, N, x, a, testing_tensor(t, N));
     t->ops->swiglu(t->be, N, x, a, testing_tensor(t, N));
     t->ops->swiglu_back(t->be, N, x, a, x, testing_tensor(t, N), testing_tensor(t, N));
     t->ops->layernorm(t->be, ROWS, IN, 1e-6, x, w, w, y, mean, rstd);
@@ -64,13 +66,18 @@ static void run_attention(Testing *t) {
 }
 
 static void run_image(Testing *t) {
-    const FvConv s = {9, 11, 13, 24, 19};
+    const FvConv s = {9, 11, 13, 24, 19, 1};
     enum { IMAGE = 11 * 13, NX = 9 * IMAGE * 24, NY = 9 * IMAGE * 19, NW = 19 * 9 * 24 };
     real *x = testing_random(t, NX, 1), *w = testing_random(t, NW, 1);
     real *dy = testing_random(t, NY, 1), *bias = testing_random(t, 24, 1);
     t->ops->conv(t->be, &s, x, w, bias, testing_tensor(t, NY));
     t->ops->conv_back(t->be, &s, x, w, dy, testing_tensor(t, NX), false, testing_filled(t, NW, 1),
                       testing_filled(t, 19, 1));
+    const FvConv half = {9, 11, 13, 24, 19, 2};
+    enum { NHALF = 9 * 6 * 7 * 19 };
+    t->ops->conv(t->be, &half, x, w, NULL, testing_tensor(t, NHALF));
+    t->ops->conv_back(t->be, &half, x, w, dy, testing_tensor(t, NX), false,
+                      testing_filled(t, NW, 1), NULL);
     real *gb = testing_random(t, 9 * 48, 1);
     t->ops->film(t->be, 9, IMAGE, 24, x, gb, testing_tensor(t, NX));
     t->ops->film_back(t->be, 9, IMAGE, 24, x, gb, x, testing_tensor(t, NX), false,
@@ -211,7 +218,7 @@ static void sync_reports_a_workspace_that_cannot_be_had(void **state) {
     const size_t huge[] = {(size_t)1 << 58, SIZE_MAX / 9};
     real x = 1;
     for (size_t k = 0; k < 2; k++) {
-        FvConv s = {1, 1, 1, huge[k], 1};
+        FvConv s = {1, 1, 1, huge[k], 1, 1};
         t->ops->conv(t->be, &s, &x, &x, &x, &x);
         FvError err = {0};
         assert_int_equal(t->ops->sync(t->be, &err), FV_DEVICE);

@@ -278,6 +278,38 @@ static void swiglu_gradients_also_in_place(void **state) {
 
 /* Relative error in units of eps over the whole range, the far negative tail of Phi included. Below
  * the smallest normal number the spacing is absolute. */
+static double relu_loss(void *context, double *size) {
+    Call *c = context;
+    c->t->ops->relu(c->t->be, c->in, c->x, c->y);
+    return testing_weighted(c->in, c->weight, c->y, size);
+}
+
+/* Away from the kink, where the central difference sees one side; then at it. */
+static void relu_and_its_gradient_also_in_place(void **state) {
+    Testing *t = *state;
+    for (size_t n = 1; n < 70; n += 17) {
+        Call c = {.t = t, .in = n};
+        c.x = testing_random(t, n, 2), c.y = testing_tensor(t, n);
+        for (size_t i = 0; i < n; i++)
+            c.x[i] += c.x[i] < 0 ? (real)-0.5 : (real)0.5;
+        c.weight = testing_random(t, n, 1);
+        real *dx = testing_tensor(t, n), *place = testing_copy(t, n, c.weight);
+        t->ops->relu_back(t->be, n, c.x, c.weight, dx);
+        t->ops->relu_back(t->be, n, c.x, place, place);
+        testing_same("in place", n, place, dx);
+        testing_gradients(relu_loss, &c, 1, &(Gradient){"dx", n, c.x, dx, 0});
+        real *y = testing_copy(t, n, c.x);
+        t->ops->relu(t->be, n, y, y);
+        for (size_t i = 0; i < n; i++)
+            assert_true(y[i] == (c.x[i] > 0 ? c.x[i] : 0));
+    }
+    real x[] = {0, (real)-INFINITY, (real)INFINITY, (real)NAN}, y[4], dy[] = {1, 1, 1, 1};
+    t->ops->relu(t->be, 4, x, y);
+    t->ops->relu_back(t->be, 4, x, dy, dy);
+    assert_true(y[0] == 0 && y[1] == 0 && isinf(y[2]) && isnan(y[3]));
+    assert_true(dy[0] == 0 && dy[1] == 0 && dy[2] == 1);
+}
+
 static void exp_and_gelu_are_accurate_everywhere(void **state) {
     Testing *t = *state;
     enum { N = 40000 };
@@ -480,6 +512,7 @@ int main(void) {
         TESTING_TEST(frozen_parameters_get_no_gradient),
         TESTING_TEST(no_rows_are_no_work),
         TESTING_TEST(gelu_gradient_also_in_place),
+        TESTING_TEST(relu_and_its_gradient_also_in_place),
         TESTING_TEST(swiglu_gradients_also_in_place),
         TESTING_TEST(exp_and_gelu_are_accurate_everywhere),
         TESTING_TEST(not_finite_values_go_through),

@@ -65,10 +65,18 @@ static void tokens_stand_behind_the_class_token(void **state) {
 
 /* --- convolution ------------------------------------------------------------------------------ */
 
+static size_t rows_of(const FvConv *s) {
+    return (s->height + s->stride - 1) / s->stride;
+}
+
+static size_t columns_of(const FvConv *s) {
+    return (s->width + s->stride - 1) / s->stride;
+}
+
 static Call conv_call(Testing *t, FvConv s) {
     Call c = {.t = t, .s = s};
-    size_t positions = s.frames * s.height * s.width;
-    c.nx = positions * s.in, c.nw = s.out * 9 * s.in, c.ny = positions * s.out;
+    c.nx = s.frames * s.height * s.width * s.in, c.nw = s.out * 9 * s.in;
+    c.ny = s.frames * rows_of(&s) * columns_of(&s) * s.out;
     c.x = testing_random(t, c.nx, 1), c.w = testing_random(t, c.nw, 1);
     c.b = testing_random(t, s.out, 1), c.y = testing_tensor(t, c.ny);
     c.weight = testing_random(t, c.ny, 1);
@@ -92,10 +100,12 @@ static double pixel(const FvConv *s, const real *x, size_t f, ptrdiff_t y, ptrdi
 /* Rounding of a sum of n terms: n + 2 eps of their sizes; twice, for the double build. */
 static void check_conv(const Call *c) {
     const FvConv *s = &c->s;
+    size_t rows = rows_of(s), columns = columns_of(s);
     for (size_t i = 0; i < c->ny; i++) {
-        size_t o = i % s->out, p = i / s->out, f = p / (s->height * s->width);
-        ptrdiff_t y = (ptrdiff_t)(p / s->width % s->height), x = (ptrdiff_t)(p % s->width);
-        double want = (double)c->b[o], size = fabs(want);
+        size_t o = i % s->out, p = i / s->out, f = p / (rows * columns);
+        ptrdiff_t y = (ptrdiff_t)(p / columns % rows * s->stride);
+        ptrdiff_t x = (ptrdiff_t)(p % columns * s->stride);
+        double want = c->b ? (double)c->b[o] : 0, size = fabs(want);
         for (size_t k = 0; k < 9 * s->in; k++) {
             ptrdiff_t ky = (ptrdiff_t)(k / s->in / 3) - 1, kx = (ptrdiff_t)(k / s->in % 3) - 1;
             double term =
@@ -111,10 +121,15 @@ static void check_conv(const Call *c) {
 /* The last is cut into several blocks of image rows. */
 static void conv_is_the_sum_over_neighbours(void **state) {
     Testing *t = *state;
-    const FvConv shapes[] = {{1, 1, 1, 1, 1}, {2, 3, 5, 3, 7},  {3, 1, 4, 5, 2},
-                             {1, 6, 1, 2, 3}, {3, 7, 6, 17, 9}, {2, 33, 30, 32, 5}};
-    for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
-        Call c = conv_call(t, shapes[k]);
+    const FvConv shapes[] = {
+        {1, 1, 1, 1, 1, 1},    {2, 3, 5, 3, 7, 1},    {3, 1, 4, 5, 2, 1}, {1, 6, 1, 2, 3, 1},
+        {3, 7, 6, 17, 9, 1},   {1, 1, 1, 2, 2, 2},    {2, 4, 5, 3, 7, 2}, {3, 5, 4, 5, 2, 2},
+        {2, 33, 30, 32, 5, 1}, {2, 66, 59, 32, 5, 2},
+    };
+    for (size_t k = 0; k < 2 * sizeof shapes / sizeof *shapes; k++) {
+        Call c = conv_call(t, shapes[k / 2]);
+        if (k % 2)
+            c.b = NULL;
         double size;
         conv_loss(&c, &size);
         check_conv(&c);
@@ -123,7 +138,9 @@ static void conv_is_the_sum_over_neighbours(void **state) {
 
 static void conv_gradients(void **state) {
     Testing *t = *state;
-    const FvConv shapes[] = {{1, 1, 1, 1, 1}, {2, 3, 5, 3, 7}, {3, 1, 4, 5, 2}, {1, 6, 1, 2, 3}};
+    const FvConv shapes[] = {{1, 1, 1, 1, 1, 1}, {2, 3, 5, 3, 7, 1}, {3, 1, 4, 5, 2, 1},
+                             {1, 6, 1, 2, 3, 1}, {1, 1, 1, 2, 2, 2}, {2, 4, 5, 3, 3, 2},
+                             {1, 5, 4, 2, 3, 2}, {2, 1, 6, 3, 2, 2}};
     for (size_t k = 0; k < 2 * sizeof shapes / sizeof *shapes; k++) {
         bool add = k % 2;
         Call c = conv_call(t, shapes[k / 2]);
@@ -147,7 +164,7 @@ static void conv_gradients(void **state) {
  * convolution of dy with the weights mirrored in space and in and out exchanged. */
 static void conv_gradients_of_large_images(void **state) {
     Testing *t = *state;
-    Call c = conv_call(t, (FvConv){10, 9, 31, 40, 6});
+    Call c = conv_call(t, (FvConv){10, 9, 31, 40, 6, 1});
     const FvConv *s = &c.s;
     real *dx = testing_tensor(t, c.nx), *dw = testing_filled(t, c.nw, 1);
     real *db = testing_filled(t, s->out, 1);
