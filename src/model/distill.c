@@ -31,6 +31,8 @@ typedef struct Rows {
         *after_globals;      /* CLS rows of the features, rows of the local crops */
     int32_t *other;          /* [2 I]: the same image in the other large crop */
     int32_t *first, *second; /* [locals I]: the image in either large crop */
+    /* [2 I masked], hidden patches: their rows in the embeddings and in the features; zeros */
+    int32_t *patches, *patch_features, *zeros;
 } Rows;
 
 struct FvDistill {
@@ -46,9 +48,12 @@ struct FvDistill {
     Rows rows;
     uint8_t *global_pixels, *local_pixels;
     real *resize, *local_pos, *dlocal_pos; /* position table of the local crops = resize * table */
-    real *target, *batch_center, *shares;  /* shares [2 I]: 1 / (2 I) */
-    double *loss, *entropy, *norm;         /* [rows], [2 I], [1] */
-    double student_temperature;            /* of the last forward pass */
+    real *target, *batch_center;
+    real *crop_shares, *patch_shares; /* [2 I]: 1 / (2 I); [2 I masked]: 1 over their number */
+    real *blank;                      /* [D]: zeros */
+    int32_t *host_rows;
+    double *loss, *entropy, *norm; /* [rows], [2 I], [1] */
+    double student_temperature;    /* of the last forward pass */
     double *host;
     real *dlogits, *dunit, *dprototypes, *da, *db, *dcls; /* scratch */
     void *block_weights, *block_train, *block_acts;
@@ -60,8 +65,16 @@ static size_t global_count(const FvDistill *d) {
 static size_t local_count(const FvDistill *d) {
     return d->c.locals * d->c.images;
 }
-static size_t row_count(const FvDistill *d) {
+static size_t crop_count(const FvDistill *d) {
     return global_count(d) + local_count(d);
+}
+/* hidden patches of all large crops */
+static size_t hidden_count(const FvDistill *d) {
+    return global_count(d) * d->c.masked;
+}
+/* the student's head: crops, then hidden patches */
+static size_t row_count(const FvDistill *d) {
+    return crop_count(d) + hidden_count(d);
 }
 /* pairs of a student's crop and a teacher's crop of the same image that are not the same crop */
 static double pair_count(const FvDistill *d) {
@@ -69,6 +82,10 @@ static double pair_count(const FvDistill *d) {
 }
 
 /* --- building ------------------------------------------------------------------------------- */
+
+size_t fv_distill_patches(const FvDistillConfig *c) {
+    return (c->size / c->patch) * (c->size / c->patch);
+}
 
 static FvStatus check(const FvDistillConfig *c, FvError *err) {
     if (c->images == 0 || c->layers == 0 || c->heads == 0 || c->patch == 0 || c->prototypes < 2 ||
@@ -79,6 +96,9 @@ static FvStatus check(const FvDistillConfig *c, FvError *err) {
     if (c->width == 0 || c->width % c->heads != 0)
         return FV_FAIL(err, FV_USAGE, "dino_width %zu: must be a multiple of dino_heads %zu",
                        c->width, c->heads);
+    if (c->masked > 0 && c->masked >= fv_distill_patches(c))
+        return FV_FAIL(err, FV_USAGE, "%zu of %zu patches hidden: some must be seen", c->masked,
+                       fv_distill_patches(c));
     if (c->patch > c->local_size || c->patch > c->size)
         return FV_FAIL(err, FV_USAGE, "patch %zu: does not fit into crops of %zu and %zu pixels",
                        c->patch, c->size, c->local_size);
@@ -104,13 +124,13 @@ static void declare_head(const FvDistillConfig *c, HeadWeights *h, FvRole role, 
 
 static void declare(FvDistill *d) {
     FvParams *table = &d->params;
-    fv_encoder_params(&d->student, &d->global.v, FV_TRAINED, "student.", table);
+    fv_encoder_params(&d->student, &d->global.v, FV_TRAINED, d->c.masked > 0, "student.", table);
     declare_head(&d->c, &d->student_head, FV_TRAINED, "student.", table);
     d->student_memory = table->memory;
-    fv_encoder_params(&d->teacher, &d->global.v, FV_FROZEN, "teacher.", table);
+    fv_encoder_params(&d->teacher, &d->global.v, FV_FROZEN, d->c.masked > 0, "teacher.", table);
     declare_head(&d->c, &d->teacher_head, FV_FROZEN, "teacher.", table);
     fv_params_add(table, &d->center, FV_FROZEN, FV_INIT_CONSTANT, 0, "center",
-                  (size_t[]){d->c.prototypes, 0}, false);
+                  (size_t[]){2, d->c.prototypes, 0}, false);
 }
 
 static void carve_head(const FvDistillConfig *c, Head *h, FvArena *arena) {
@@ -144,7 +164,10 @@ static void carve(FvDistill *d, FvArena *arena) {
                      .after_globals = take_rows(arena, locals),
                      .other = take_rows(arena, globals),
                      .first = take_rows(arena, locals),
-                     .second = take_rows(arena, locals)};
+                     .second = take_rows(arena, locals),
+                     .patches = take_rows(arena, hidden_count(d)),
+                     .patch_features = take_rows(arena, hidden_count(d)),
+                     .zeros = take_rows(arena, hidden_count(d))};
     fv_encoder_carve(&d->taught, arena);
     fv_encoder_carve(&d->global, arena);
     if (c->locals)
@@ -154,11 +177,13 @@ static void carve(FvDistill *d, FvArena *arena) {
     d->resize = fv_take(arena, fv_mul(local_tokens, fv_vit_tokens(&d->global.v)));
     d->local_pos = fv_take(arena, fv_mul(local_tokens, c->width));
     d->dlocal_pos = fv_take(arena, fv_mul(local_tokens, c->width));
-    d->target = fv_take(arena, fv_mul(rows, c->prototypes));
-    d->batch_center = fv_take(arena, c->prototypes);
-    d->shares = fv_take(arena, globals);
+    d->target = fv_take(arena, fv_mul(crop_count(d), c->prototypes));
+    d->batch_center = fv_take(arena, fv_mul(2, c->prototypes));
+    d->crop_shares = fv_take(arena, globals);
+    d->patch_shares = fv_take(arena, hidden_count(d));
+    d->blank = fv_take(arena, c->width);
     d->loss = fv_take_bytes(arena, fv_mul(rows, sizeof(double)));
-    d->entropy = fv_take_bytes(arena, fv_mul(globals, sizeof(double)));
+    d->entropy = fv_take_bytes(arena, fv_mul(d->teacher_out.rows, sizeof(double)));
     d->norm = fv_take_bytes(arena, sizeof(double));
     size_t wide = fv_mul(rows, c->head_width), out = fv_mul(rows, c->head_out);
     d->dlogits = fv_take(arena, fv_mul(rows, c->prototypes));
@@ -176,9 +201,11 @@ static void upload_row(FvDistill *d, int32_t *to, size_t i, size_t row) {
 
 static FvStatus upload_constants(FvDistill *d, FvError *err) {
     size_t images = d->c.images, globals = global_count(d);
-    real share = 1 / (real)globals;
+    const real share = 1 / (real)globals, patch_share = share / (real)(d->c.masked + !d->c.masked);
+    for (size_t i = 0; i < hidden_count(d); i++)
+        d->be->ops->upload(d->be, d->patch_shares + i, &patch_share, sizeof patch_share);
     for (size_t i = 0; i < globals; i++) {
-        d->be->ops->upload(d->be, d->shares + i, &share, sizeof share);
+        d->be->ops->upload(d->be, d->crop_shares + i, &share, sizeof share);
         upload_row(d, d->rows.cls, i, i * fv_vit_tokens(&d->global.v));
         upload_row(d, d->rows.other, i, (i + images) % globals);
     }
@@ -219,15 +246,16 @@ static FvStatus build(FvDistill *d, FvError *err) {
     d->local = encoder_of(d, &d->student, local_count(d), d->c.local_size, true);
     d->taught = encoder_of(d, &d->teacher, global_count(d), d->c.size, false);
     d->head = (Head){.w = &d->student_head, .rows = row_count(d)};
-    d->teacher_out = (Head){.w = &d->teacher_head, .rows = global_count(d)};
+    d->teacher_out = (Head){.w = &d->teacher_head, .rows = global_count(d) + hidden_count(d)};
     FV_TRY(fv_encoder_weights_create(&d->student, d->c.layers, err));
     FV_TRY(fv_encoder_weights_create(&d->teacher, d->c.layers, err));
     FV_TRY(fv_encoder_create(&d->global, err));
     FV_TRY(fv_encoder_create(&d->local, err));
     FV_TRY(fv_encoder_create(&d->taught, err));
     declare(d);
-    d->host = calloc(row_count(d) + global_count(d), sizeof *d->host);
-    if (d->params.out_of_memory || !d->host)
+    d->host = calloc(row_count(d) + d->teacher_out.rows, sizeof *d->host);
+    d->host_rows = calloc(hidden_count(d) + 1, sizeof *d->host_rows);
+    if (d->params.out_of_memory || !d->host || !d->host_rows)
         return FV_FAIL(err, FV_DEVICE, "out of memory for the tables of pretraining");
     FvArena arena = {0};
     carve(d, &arena);
@@ -242,6 +270,10 @@ static FvStatus build(FvDistill *d, FvError *err) {
     d->global.pos = d->student.pos;
     d->taught.pos = d->teacher.pos;
     d->local.pos = (FvWeight){d->local_pos, d->dlocal_pos};
+    d->global.masked = hidden_count(d);
+    d->global.masked_rows = d->rows.patches;
+    d->global.masked_zeros = d->rows.zeros;
+    d->global.blank = d->blank;
     return upload_constants(d, err);
 }
 
@@ -276,6 +308,7 @@ void fv_distill_destroy(FvDistill *d) {
     fv_encoder_weights_free(&d->teacher);
     fv_params_free(&d->params);
     free(d->host);
+    free(d->host_rows);
     free(d);
 }
 
@@ -291,11 +324,19 @@ FvStatus fv_distill_init(FvDistill *d, uint64_t seed, FvError *err) {
 
 /* --- forward -------------------------------------------------------------------------------- */
 
-void fv_distill_load(FvDistill *d, const uint8_t *globals, const uint8_t *locals) {
+FvStatus fv_distill_load(FvDistill *d, const uint8_t *globals, const uint8_t *locals,
+                         const int32_t *masked, FvError *err) {
     const FvOps *ops = d->be->ops;
+    size_t hidden = hidden_count(d), patches = fv_distill_patches(&d->c);
+    /* behind the CLS row of their own and of every earlier crop */
+    for (size_t i = 0; i < hidden; i++)
+        d->host_rows[i] = masked[i] + masked[i] / (int32_t)patches + 1;
+    ops->upload(d->be, d->rows.patches, masked, hidden * sizeof *masked);
+    ops->upload(d->be, d->rows.patch_features, d->host_rows, hidden * sizeof *masked);
     ops->upload(d->be, d->global_pixels, globals, global_count(d) * d->c.size * d->c.size * 3);
     ops->upload(d->be, d->local_pixels, locals,
                 local_count(d) * d->c.local_size * d->c.local_size * 3);
+    return ops->sync(d->be, err);
 }
 
 static void head_forward(FvDistill *d, Head *h) {
@@ -317,16 +358,24 @@ static void head_forward(FvDistill *d, Head *h) {
 static void teach(FvDistill *d, double temperature) {
     const FvOps *ops = d->be->ops;
     Head *h = &d->teacher_out;
-    size_t n = h->rows, k = d->c.prototypes;
+    size_t crops = global_count(d), hidden = hidden_count(d), k = d->c.prototypes;
+    size_t w = d->c.width;
     fv_encoder_forward(&d->taught, d->be, d->global_pixels);
-    ops->copy_rows(d->be, n, d->c.width, d->taught.features, d->rows.cls, h->cls, NULL, false);
+    ops->copy_rows(d->be, crops, w, d->taught.features, d->rows.cls, h->cls, NULL, false);
+    ops->copy_rows(d->be, hidden, w, d->taught.features, d->rows.patch_features, h->cls + crops * w,
+                   NULL, false);
     head_forward(d, h);
-    ops->softmax(d->be, n, k, temperature, h->logits, d->center.w, h->probs);
-    ops->entropy(d->be, n, 1, k, h->probs, d->entropy);
+    real *patch_logits = h->logits + crops * k;
+    ops->softmax(d->be, crops, k, temperature, h->logits, d->center.w, h->probs);
+    ops->softmax(d->be, hidden, k, temperature, patch_logits, d->center.w + k,
+                 h->probs + crops * k);
+    ops->entropy(d->be, h->rows, 1, k, h->probs, d->entropy);
     /* column means: the gradient of a weight whose input is 1/n in every row */
-    ops->zero(d->be, d->batch_center, k * sizeof(real));
-    ops->linear_back(d->be, n, 1, k, d->shares, NULL, h->logits, NULL, false, d->batch_center,
-                     NULL);
+    ops->zero(d->be, d->batch_center, 2 * k * sizeof(real));
+    ops->linear_back(d->be, crops, 1, k, d->crop_shares, NULL, h->logits, NULL, false,
+                     d->batch_center, NULL);
+    ops->linear_back(d->be, hidden, 1, k, d->patch_shares, NULL, patch_logits, NULL, false,
+                     d->batch_center + k, NULL);
 }
 
 static void study(FvDistill *d) {
@@ -335,6 +384,8 @@ static void study(FvDistill *d) {
     size_t w = d->c.width, locals = local_count(d);
     fv_encoder_forward(&d->global, d->be, d->global_pixels);
     ops->copy_rows(d->be, global_count(d), w, d->global.features, d->rows.cls, h->cls, NULL, false);
+    ops->copy_rows(d->be, hidden_count(d), w, d->global.features, d->rows.patch_features,
+                   h->cls + crop_count(d) * w, NULL, false);
     if (locals) {
         size_t from = fv_vit_tokens(&d->global.v), to = fv_vit_tokens(&d->local.v);
         /* pos = resize * table: the data gradient of a linear layer with weights `table` */
@@ -347,7 +398,7 @@ static void study(FvDistill *d) {
     head_forward(d, h);
 }
 
-/* The teacher's word for each of the student's rows: for a large crop that of the other one, for a
+/* The teacher's word for each of the student's crops: for a large crop that of the other one, for a
  * small crop the sum of both. */
 static void set_targets(FvDistill *d) {
     const FvOps *ops = d->be->ops;
@@ -363,8 +414,13 @@ void fv_distill_forward(FvDistill *d, double teacher_temperature, double student
     study(d);
     set_targets(d);
     d->student_temperature = student_temperature;
-    d->be->ops->cross_entropy(d->be, row_count(d), d->c.prototypes, student_temperature,
-                              d->head.logits, d->target, d->head.probs, d->loss);
+    const FvOps *ops = d->be->ops;
+    size_t k = d->c.prototypes, crops = crop_count(d);
+    ops->cross_entropy(d->be, crops, k, student_temperature, d->head.logits, d->target,
+                       d->head.probs, d->loss);
+    ops->cross_entropy(d->be, hidden_count(d), k, student_temperature, d->head.logits + crops * k,
+                       d->teacher_out.probs + global_count(d) * k, d->head.probs + crops * k,
+                       d->loss + crops);
 }
 
 /* --- backward ------------------------------------------------------------------------------- */
@@ -394,12 +450,18 @@ static void head_backward(FvDistill *d, bool still) {
 
 void fv_distill_backward(FvDistill *d, bool still) {
     const FvOps *ops = d->be->ops;
-    size_t w = d->c.width, locals = local_count(d);
+    size_t w = d->c.width, locals = local_count(d), k = d->c.prototypes, crops = crop_count(d);
     ops->zero(d->be, d->params.g, d->params.trained_memory * sizeof(real));
-    ops->cross_entropy_back(d->be, row_count(d), d->c.prototypes, d->student_temperature,
+    ops->cross_entropy_back(d->be, crops, k, d->student_temperature,
                             1 / (pair_count(d) * (double)d->c.images), d->head.probs, d->target,
                             d->dlogits);
+    ops->cross_entropy_back(d->be, hidden_count(d), k, d->student_temperature,
+                            d->c.patch_weight / (double)(hidden_count(d) + !hidden_count(d)),
+                            d->head.probs + crops * k, d->teacher_out.probs + global_count(d) * k,
+                            d->dlogits + crops * k);
     head_backward(d, still);
+    ops->copy_rows(d->be, hidden_count(d), w, d->dcls + crops * w, NULL, d->global.dfeatures,
+                   d->rows.patch_features, false);
     ops->copy_rows(d->be, global_count(d), w, d->dcls, NULL, d->global.dfeatures, d->rows.cls,
                    false);
     fv_encoder_backward(&d->global, d->be);
@@ -426,12 +488,17 @@ void fv_distill_update(FvDistill *d, const FvAdamW *adamw) {
 
 FvStatus fv_distill_measure(FvDistill *d, FvDistillMeasures *m, FvError *err) {
     const FvOps *ops = d->be->ops;
-    size_t rows = row_count(d), globals = global_count(d);
+    size_t rows = row_count(d), crops = crop_count(d), globals = global_count(d);
+    size_t hidden = hidden_count(d);
     ops->download(d->be, d->host, d->loss, rows * sizeof(double));
-    ops->download(d->be, d->host + rows, d->entropy, globals * sizeof(double));
+    ops->download(d->be, d->host + rows, d->entropy, (globals + hidden) * sizeof(double));
     *m = (FvDistillMeasures){0};
     ops->download(d->be, &m->norm, d->norm, sizeof m->norm);
-    for (size_t i = 0; i < rows; i++)
+    for (size_t i = 0; i < hidden; i++) {
+        m->patch_loss += d->host[crops + i] / (double)hidden;
+        m->patch_entropy += d->host[rows + globals + i] / (double)hidden;
+    }
+    for (size_t i = 0; i < crops; i++)
         m->loss += d->host[i] / (pair_count(d) * (double)d->c.images);
     for (size_t i = 0; i < globals; i++)
         m->teacher_entropy += d->host[rows + i] / (double)globals;
@@ -446,5 +513,5 @@ void fv_distill_follow(FvDistill *d, double momentum, double center_momentum) {
     const FvOps *ops = d->be->ops;
     ops->approach(d->be, d->student_memory, 1 - momentum, d->params.w,
                   d->params.w + d->student_memory);
-    ops->approach(d->be, d->c.prototypes, 1 - center_momentum, d->batch_center, d->center.w);
+    ops->approach(d->be, 2 * d->c.prototypes, 1 - center_momentum, d->batch_center, d->center.w);
 }

@@ -1,6 +1,8 @@
 /* Self-distillation of the encoder (DINO: Caron et al. 2021): a student sees crops of two sizes, a
  * teacher, the slow average of the student, sees the large ones; each of the student's crops is to
- * predict the teacher's distribution over prototypes for another crop of the same image.
+ * predict the teacher's distribution over prototypes for another crop of the same image. In the
+ * large crops some patches may be hidden from the student, which is to predict the teacher's
+ * distributions for them (iBOT: Zhou et al. 2022; both together are DINOv2's objective).
  *
  * A step, see run/pretrain.c:
  *     fv_distill_load, fv_distill_forward, fv_distill_backward, average params->g and the batch
@@ -14,6 +16,8 @@
 #include "model/params.h"
 
 typedef struct FvDistillConfig {
+    size_t masked;                           /* patches hidden in each large crop; 0: none */
+    double patch_weight;                     /* of their loss, beside 1 for the crops' */
     size_t images;                           /* per step, of this rank */
     size_t size, local_size, locals;         /* pixels of the 2 large and of the small crops,
                                                 number of small crops per image */
@@ -30,16 +34,19 @@ typedef struct FvDistill FvDistill;
 FvStatus fv_distill_create(const FvDistillConfig *, FvBackend *, FvDistill **out, FvError *err);
 void fv_distill_destroy(FvDistill *);
 
-/* "student." and "teacher." + Hugging Face names and head.*; `center` [prototypes], the running
- * mean of the teacher's outputs. Only the student is trained. */
+/* "student." and "teacher." + Hugging Face names and head.*; `center` [2, prototypes], the running
+ * means of the teacher's outputs for crops and for hidden patches. Only the student is trained. */
 FvParams *fv_distill_params(FvDistill *);
 
 /* Start values of a seed; the teacher starts as the student. */
 FvStatus fv_distill_init(FvDistill *, uint64_t seed, FvError *err);
 
 /* Host memory: globals uint8 [2, images, size, size, 3], locals uint8 [locals, images, local_size,
- * local_size, 3]. */
-void fv_distill_load(FvDistill *, const uint8_t *globals, const uint8_t *locals);
+ * local_size, 3], masked: the hidden patches of every large crop, as rows of [2, images, patches].
+ * FV_DEVICE when memory is out. */
+FvStatus fv_distill_load(FvDistill *, const uint8_t *globals, const uint8_t *locals,
+                         const int32_t *masked, FvError *err);
+size_t fv_distill_patches(const FvDistillConfig *); /* of a large crop */
 
 void fv_distill_forward(FvDistill *, double teacher_temperature, double student_temperature);
 
@@ -51,16 +58,17 @@ void fv_distill_norm(FvDistill *);
 void fv_distill_update(FvDistill *, const FvAdamW *);
 
 typedef struct FvDistillMeasures {
-    double loss, teacher_entropy; /* nats; means over this rank's images: cross-entropy over all
-                                     pairs of crops, entropy of the teacher's distributions */
-    double norm;                  /* after fv_distill_norm */
+    /* nats; means over this rank's images: cross-entropy over all pairs of crops and over hidden
+     * patches (0 without), and the entropies of the teacher's distributions for them */
+    double loss, patch_loss, teacher_entropy, patch_entropy;
+    double norm; /* after fv_distill_norm */
 } FvDistillMeasures;
 
 /* Waits for the step. */
 FvStatus fv_distill_measure(FvDistill *, FvDistillMeasures *, FvError *err);
 
-/* Mean of the teacher's outputs over this step's crops [prototypes], in the backend's memory: to be
- * averaged over the ranks before fv_distill_follow. */
+/* Means of the teacher's outputs over this step's crops and hidden patches [2, prototypes], in the
+ * backend's memory: to be averaged over the ranks before fv_distill_follow. */
 real *fv_distill_batch_center(FvDistill *);
 
 /* teacher += (1 - momentum) * (student - teacher), and the centre likewise towards the batch's. */

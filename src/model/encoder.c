@@ -60,13 +60,13 @@ static void add(FvParams *table, FvWeight *weight, FvRole role, FvInit init, dou
     fv_params_add(table, weight, role, init, value, whole, dims, false);
 }
 
-void fv_encoder_params(FvEncoderWeights *w, const FvVit *v, FvRole role, const char *prefix,
-                       FvParams *table) {
+void fv_encoder_params(FvEncoderWeights *w, const FvVit *v, FvRole role, bool masks,
+                       const char *prefix, FvParams *table) {
     size_t d = v->width, p = v->patch;
     add(table, &w->cls, role, FV_INIT_NORMAL, 0.02, prefix, "embeddings.cls_token",
         (size_t[]){1, 1, d, 0});
-    add(table, &w->mask, FV_UNUSED, FV_INIT_CONSTANT, 0, prefix, "embeddings.mask_token",
-        (size_t[]){1, d, 0});
+    add(table, &w->mask, masks ? role : FV_UNUSED, FV_INIT_CONSTANT, 0, prefix,
+        "embeddings.mask_token", (size_t[]){1, d, 0});
     add(table, &w->pos, role, FV_INIT_NORMAL, 0.02, prefix, "embeddings.position_embeddings",
         (size_t[]){1, fv_vit_tokens(v), d, 0});
     add(table, &w->patch_w, role, FV_INIT_NORMAL, 0.02, prefix,
@@ -206,6 +206,9 @@ void fv_encoder_forward(FvEncoder *e, FvBackend *be, const uint8_t *pixels) {
     ops->patchify(be, v->frames, v->size, v->patch, pixels, e->patches);
     ops->linear(be, v->frames * patches, 3 * v->patch * v->patch, d, e->patches, e->w->patch_w.w,
                 e->w->patch_b.w, e->embedded);
+    if (e->masked)
+        ops->copy_rows(be, e->masked, d, e->w->mask.w, e->masked_zeros, e->embedded, e->masked_rows,
+                       false);
     ops->tokens(be, v->frames, patches, d, e->embedded, e->w->cls.w, e->pos.w, e->act[0].x);
     for (size_t l = 0; l < v->layers; l++) {
         const FvBlockWeights *w = &e->w->layer[l];
@@ -272,6 +275,11 @@ void fv_encoder_backward(FvEncoder *e, FvBackend *be) {
                             whole, w->norm1_w.g, w->norm1_b.g);
     }
     ops->tokens_back(be, v->frames, patches, d, e->dx, e->dn, e->w->cls.g, e->pos.g);
+    if (e->masked) {
+        ops->copy_rows(be, e->masked, d, e->dn, e->masked_rows, e->w->mask.g, e->masked_zeros,
+                       true);
+        ops->copy_rows(be, e->masked, d, e->blank, e->masked_zeros, e->dn, e->masked_rows, false);
+    }
     ops->linear_back(be, v->frames * patches, 3 * v->patch * v->patch, d, e->patches,
                      e->w->patch_w.w, e->dn, NULL, false, e->w->patch_w.g, e->w->patch_b.g);
 }

@@ -47,7 +47,12 @@ typedef struct FvEncoder {
     const FvEncoderWeights *w;
     FvWeight pos; /* [tokens, width]: the weights' position table, or one resized from it */
     bool trained;
-    bool whole;       /* compute the last block and `features`; else its keys and values only */
+    bool whole; /* compute the last block and `features`; else its keys and values only */
+    /* Patches whose embedding is replaced by the mask token (pretraining), or none: their rows in
+     * [F * N], a zero for each, and a row [D] of zeros. */
+    size_t masked;
+    int32_t *masked_rows, *masked_zeros;
+    real *blank;
     FvBlockActs *act; /* [layers]; entries share memory where nothing is differentiated */
     real **k, **v_of, **dk, **dv;        /* [layers] of [F, tokens, D]; dk, dv when trained */
     real *patches, *embedded;            /* [F * N, 3 P P], [F * N, D] */
@@ -60,8 +65,10 @@ typedef struct FvEncoder {
 FvStatus fv_encoder_weights_create(FvEncoderWeights *, size_t layers, FvError *);
 void fv_encoder_weights_free(FvEncoderWeights *);
 
-/* Declares the parameters under prefix + Hugging Face name; the mask token is never used. */
-void fv_encoder_params(FvEncoderWeights *, const FvVit *, FvRole, const char *prefix, FvParams *);
+/* Declares the parameters under prefix + Hugging Face name; without `masks` the mask token is not
+ * used. */
+void fv_encoder_params(FvEncoderWeights *, const FvVit *, FvRole, bool masks, const char *prefix,
+                       FvParams *);
 
 /* v, w, trained, whole set by the caller before; `pos` after the weights are bound. */
 FvStatus fv_encoder_create(FvEncoder *, FvError *);

@@ -21,7 +21,7 @@ static void declare_params(FvModel *m, FvParams *table) {
     FvRole chosen = c->vision && c->frames > 1 ? FV_TRAINED : FV_UNUSED;
     FvRole encoder = c->vision && c->freeze_dino ? FV_FROZEN : visual;
     double in = 1.0 / sqrt((double)d), out = 1.0 / sqrt((double)w);
-    fv_encoder_params(&m->encoder_weights, &m->encoder.v, encoder, "dino.", table);
+    fv_encoder_params(&m->encoder_weights, &m->encoder.v, encoder, false, "dino.", table);
     fv_lm_params(m, table);
     fv_params_add(table, &m->no_text, c->captions ? FV_UNUSED : FV_TRAINED, FV_INIT_NORMAL, 0.14,
                   "no_text", (size_t[]){w, 0}, false);

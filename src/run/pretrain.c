@@ -34,6 +34,9 @@
     X(real, crop_area, 0.4, 0.001, 1,                                                              \
       "share of the frame's area: large crops cover more, small crops less")                       \
     X(real, local_area, 0.05, 0.001, 1, "least share that a small crop covers")                    \
+    X(real, mask_share, 0.3, 0, 0.9,                                                               \
+      "share of the patches of the large crops that the student does not see; 0 is plain DINO")    \
+    X(real, patch_weight, 1, 0, 1e6, "weight of the loss of these patches")                        \
     X(real, jitter, 0.4, 0, 1, "brightness, contrast, saturation and hue of crops")                \
     X(real, grey, 0.1, 0, 1, "probability of a grey crop")                                         \
     X(real, blur, 0.3, 0, 1, "probability of a blurred crop")                                      \
@@ -84,7 +87,9 @@ static const FvKeys keys = {key_list, &defaults};
 /* Measures of every step. */
 #define COLUMNS(X)                                                                                 \
     X(loss)                                                                                        \
+    X(patch_loss)                                                                                  \
     X(teacher_entropy)                                                                             \
+    X(patch_entropy)                                                                               \
     X(grad_norm)                                                                                   \
     X(lr)                                                                                          \
     X(weight_decay)                                                                                \
@@ -119,6 +124,9 @@ typedef struct Pretrain {
     uint32_t *clips; /* [batch] */
     FvBatch clip;    /* one clip */
     uint8_t *globals, *locals;
+    size_t patches, hidden;       /* of a large crop; those that the student does not see */
+    int32_t *masked;              /* [2, images, hidden] */
+    uint32_t *order_of_patches;   /* [patches] */
     double *column[COLUMN_COUNT]; /* [steps] */
     uint64_t step, first_step;    /* steps done, at the start of this process */
     double started, last_checkpoint, last_line;
@@ -362,7 +370,11 @@ static FvStatus restore(Pretrain *p, FvError *err) {
 static FvStatus create(Pretrain *p, FvError *err) {
     const PretrainConfig *c = &p->c;
     size_t cores = fv_claim_cores(&p->in->world), threads = p->in->options.threads;
-    FvDistillConfig config = {.images = share(p),
+    p->patches = (c->crop_size / c->patch) * (c->crop_size / c->patch);
+    p->hidden = (size_t)lround(c->mask_share * (double)p->patches);
+    FvDistillConfig config = {.masked = p->hidden,
+                              .patch_weight = c->patch_weight,
+                              .images = share(p),
                               .size = c->crop_size,
                               .local_size = c->local_size,
                               .locals = c->locals,
@@ -381,7 +393,9 @@ static FvStatus create(Pretrain *p, FvError *err) {
     p->clips = calloc(c->batch, sizeof *p->clips);
     p->globals = malloc(globals);
     p->locals = malloc(locals + 1);
-    bool ok = p->clips && p->globals && p->locals;
+    p->masked = calloc(fv_mul3(FV_GLOBAL_CROPS, share(p), p->hidden) + 1, sizeof *p->masked);
+    p->order_of_patches = calloc(p->patches + 1, sizeof *p->order_of_patches);
+    bool ok = p->clips && p->globals && p->locals && p->masked && p->order_of_patches;
     for (size_t i = 0; i < COLUMN_COUNT; i++)
         ok = (p->column[i] = calloc(c->steps, sizeof(double))) && ok;
     char *study = describe(p);
@@ -416,6 +430,13 @@ static double teacher_temperature(const Pretrain *p) {
            part * (c->teacher_temperature - c->teacher_temperature_start);
 }
 
+/* A random choice of patches of one large crop. */
+static void hide_patches(Pretrain *p, uint64_t key, size_t crop) {
+    fv_permutation(key, p->patches, p->order_of_patches);
+    for (size_t i = 0; i < p->hidden; i++)
+        p->masked[crop * p->hidden + i] = (int32_t)(crop * p->patches + p->order_of_patches[i]);
+}
+
 /* The crops of this rank's images; image i of step s draws from a stream of its own, whatever the
  * number of ranks. */
 static FvStatus draw_crops(Pretrain *p, FvError *err) {
@@ -431,21 +452,30 @@ static FvStatus draw_crops(Pretrain *p, FvError *err) {
         FV_TRY(fv_data_read(p->data, FV_TRAIN, p->clips[first + i], &p->clip, 0, err));
         size_t frame = (size_t)fv_random_below(key, 0, p->frames);
         const uint8_t *pixels = p->clip.pixels + frame * p->frame_size * p->frame_size * 3;
-        for (size_t g = 0; g < FV_GLOBAL_CROPS; g++)
+        for (size_t g = 0; g < FV_GLOBAL_CROPS; g++) {
+            size_t crop = g * images + i;
             fv_crop(pixels, p->frame_size, &large, fv_random(key, 1 + g), c->crop_size,
-                    p->globals + (g * images + i) * global);
+                    p->globals + crop * global);
+            hide_patches(p, fv_random(key, 101 + g), crop);
+        }
         for (size_t l = 0; l < c->locals; l++)
-            fv_crop(pixels, p->frame_size, &small, fv_random(key, 1 + FV_GLOBAL_CROPS + l),
-                    c->local_size, p->locals + (l * images + i) * local);
+            fv_crop(pixels, p->frame_size, &small, fv_random(key, 201 + l), c->local_size,
+                    p->locals + (l * images + i) * local);
     }
-    fv_distill_load(p->model, p->globals, p->locals);
-    return FV_OK;
+    return fv_distill_load(p->model, p->globals, p->locals, p->masked, err);
 }
 
 static void record(Pretrain *p, const double *means, double norm, const FvAdamW *adamw,
                    double momentum) {
-    const double values[COLUMN_COUNT] = {
-        means[0], means[1], norm, adamw->lr, adamw->weight_decay, momentum, teacher_temperature(p)};
+    const double values[COLUMN_COUNT] = {means[0],
+                                         means[1],
+                                         means[2],
+                                         means[3],
+                                         norm,
+                                         adamw->lr,
+                                         adamw->weight_decay,
+                                         momentum,
+                                         teacher_temperature(p)};
     for (size_t i = 0; i < COLUMN_COUNT; i++)
         p->column[i][p->step] = values[i];
 }
@@ -461,18 +491,19 @@ static FvStatus train_step(Pretrain *p, bool *stop, FvError *err) {
     fv_distill_forward(m, teacher_temperature(p), c->student_temperature);
     fv_distill_backward(m, p->step < c->still_steps);
     FV_TRY(fv_group_average(&p->group, 0, params->g, params->trained_memory, err));
-    FV_TRY(fv_group_average(&p->group, 0, fv_distill_batch_center(m), c->prototypes, err));
+    FV_TRY(fv_group_average(&p->group, 0, fv_distill_batch_center(m), 2 * c->prototypes, err));
     fv_distill_norm(m);
     FV_TRY(fv_distill_measure(m, &measures, err));
-    double means[3] = {measures.loss, measures.teacher_entropy, *p->in->stop ? 1 : 0};
-    FV_TRY(fv_group_sum(&p->group, 0, means, 3, err));
-    for (size_t i = 0; i < 3; i++)
+    double means[] = {measures.loss, measures.patch_loss, measures.teacher_entropy,
+                      measures.patch_entropy, *p->in->stop ? 1 : 0};
+    FV_TRY(fv_group_sum(&p->group, 0, means, 5, err));
+    for (size_t i = 0; i < 5; i++)
         means[i] /= (double)p->group.size;
-    if (!isfinite(means[0]) || !isfinite(measures.norm))
+    if (!isfinite(means[0] + means[1]) || !isfinite(measures.norm))
         return FV_FAIL(err, FV_JOB,
                        "pretrain: step %" PRIu64 ": loss %g, gradient norm %g: not "
                        "finite; lower lr",
-                       p->step + 1, means[0], measures.norm);
+                       p->step + 1, means[0] + means[1], measures.norm);
     FvAdamW adamw = {.lr = learning_rate(p),
                      .beta1 = 0.9,
                      .beta2 = 0.999,
@@ -485,7 +516,7 @@ static FvStatus train_step(Pretrain *p, bool *stop, FvError *err) {
     fv_distill_follow(m, momentum, c->center_momentum);
     record(p, means, measures.norm, &adamw, momentum);
     p->step++;
-    *stop = means[2] > 0;
+    *stop = means[4] > 0;
     return FV_OK;
 }
 
@@ -497,10 +528,13 @@ static void tell(Pretrain *p) {
         return;
     p->last_line = fv_now();
     double rate = (double)(p->step - p->first_step) / (p->last_line - p->started);
+    const double *const *c = (const double *const *)p->column;
+    uint64_t last = p->step - 1;
     fprintf(stderr,
-            "pretrain: step %" PRIu64 "/%zu, loss %.4f, teacher entropy %.3f, %.1f images/s\n",
-            p->step, p->c.steps, p->column[COLUMN_loss][p->step - 1],
-            p->column[COLUMN_teacher_entropy][p->step - 1], rate * (double)p->c.batch);
+            "pretrain: step %" PRIu64 "/%zu, loss %.3f (teacher's entropy %.3f), patches %.3f "
+            "(%.3f), %.1f images/s\n",
+            p->step, p->c.steps, c[COLUMN_loss][last], c[COLUMN_teacher_entropy][last],
+            c[COLUMN_patch_loss][last], c[COLUMN_patch_entropy][last], rate * (double)p->c.batch);
 }
 
 static FvStatus train(Pretrain *p, FvError *err) {
@@ -578,5 +612,7 @@ FvStatus fv_pretrain(const FvInvocation *in, bool *speaker, bool *abort, FvError
     free(p.clips);
     free(p.globals);
     free(p.locals);
+    free(p.masked);
+    free(p.order_of_patches);
     return status;
 }
