@@ -402,11 +402,14 @@ const char *fv_tensors_metadata(const FvTensorFile *f, const char *key) {
     return json_string_value(json_object_get(f->metadata, key));
 }
 
-/* The first bytes of JSON text are no length that a header may have, so the two differ. */
+/* Text never begins so: its first bytes are no length that a header may have. Only a regular file
+ * is looked into: what is read of a pipe would be lost to who reads it next. */
 static bool begins_like_one(const char *path) {
     unsigned char start[LENGTH_BYTES + 1];
     uint64_t length = 0;
-    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat info;
+    int file =
+        stat(path, &info) == 0 && S_ISREG(info.st_mode) ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     if (file < 0)
         return false;
     bool whole = read(file, start, sizeof start) == (ssize_t)sizeof start;

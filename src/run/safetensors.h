@@ -29,6 +29,9 @@ typedef enum FvType {
     FV_F8_E4M3,
     FV_F8_E5M2,
     FV_F8_E8M0,
+    FV_F8_E4M3FNUZ,
+    FV_F8_E5M2FNUZ,
+    FV_C64,
     FV_TYPES
 } FvType;
 

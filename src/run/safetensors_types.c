@@ -9,12 +9,25 @@ static const struct {
     const char *name;
     size_t size;
 } types[FV_TYPES] = {
-    [FV_F64] = {"F64", 8},         [FV_F32] = {"F32", 4},         [FV_F16] = {"F16", 2},
-    [FV_BF16] = {"BF16", 2},       [FV_I64] = {"I64", 8},         [FV_I32] = {"I32", 4},
-    [FV_U8] = {"U8", 1},           [FV_BOOL] = {"BOOL", 1},       [FV_I8] = {"I8", 1},
-    [FV_I16] = {"I16", 2},         [FV_U16] = {"U16", 2},         [FV_U32] = {"U32", 4},
-    [FV_U64] = {"U64", 8},         [FV_F8_E4M3] = {"F8_E4M3", 1}, [FV_F8_E5M2] = {"F8_E5M2", 1},
+    [FV_F64] = {"F64", 8},
+    [FV_F32] = {"F32", 4},
+    [FV_F16] = {"F16", 2},
+    [FV_BF16] = {"BF16", 2},
+    [FV_I64] = {"I64", 8},
+    [FV_I32] = {"I32", 4},
+    [FV_U8] = {"U8", 1},
+    [FV_BOOL] = {"BOOL", 1},
+    [FV_I8] = {"I8", 1},
+    [FV_I16] = {"I16", 2},
+    [FV_U16] = {"U16", 2},
+    [FV_U32] = {"U32", 4},
+    [FV_U64] = {"U64", 8},
+    [FV_F8_E4M3] = {"F8_E4M3", 1},
+    [FV_F8_E5M2] = {"F8_E5M2", 1},
     [FV_F8_E8M0] = {"F8_E8M0", 1},
+    [FV_F8_E4M3FNUZ] = {"F8_E4M3FNUZ", 1},
+    [FV_F8_E5M2FNUZ] = {"F8_E5M2FNUZ", 1},
+    [FV_C64] = {"C64", 8},
 };
 
 size_t fv_type_size(FvType type) {
