@@ -123,11 +123,10 @@ FvStatus fv_captions_read(const char *path, FvCaptions *out, FvError *err) {
 }
 
 const FvCaption *fv_captions_find(FvCaptions *c, const char *name) {
-    const FvCaption key = {.name = (char *)name};
     size_t low = 0, high = c->count;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
-        int order = strcmp(key.name, c->items[middle].name);
+        int order = strcmp(name, c->items[middle].name);
         if (order == 0) {
             c->items[middle].used = true;
             return &c->items[middle];

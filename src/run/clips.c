@@ -410,15 +410,15 @@ const char *fv_clip_shape(size_t number) {
     return number < SHAPES ? SHAPE_NAMES[number] : number == SHAPES ? BEACON : NULL;
 }
 
-static void list_objects(const Scene *s, uint8_t objects[FV_CLIP_OBJECTS][2]) {
+static void list_objects(const Scene *s, FvClipLabels *labels) {
     _Static_assert(MAX_BODIES + 1 == FV_CLIP_OBJECTS, "the bodies and the beacon");
-    memset(objects, FV_NO_OBJECT, FV_CLIP_OBJECTS * sizeof *objects);
+    memset(labels->objects, FV_NO_OBJECT, sizeof labels->objects);
     for (size_t i = 0; i < s->body_count; i++) {
-        objects[i][0] = (uint8_t)(s->bodies[i].colour - COLOURS);
-        objects[i][1] = (uint8_t)s->bodies[i].shape;
+        labels->objects[i][0] = (uint8_t)(s->bodies[i].colour - COLOURS);
+        labels->objects[i][1] = (uint8_t)s->bodies[i].shape;
     }
-    objects[s->body_count][0] = COLOUR_COUNT;
-    objects[s->body_count][1] = SHAPES;
+    labels->objects[s->body_count][0] = COLOUR_COUNT;
+    labels->objects[s->body_count][1] = SHAPES;
 }
 
 void fv_clip_draw(uint64_t data_seed, FvSplit split, uint32_t index, size_t frames, size_t size,
@@ -429,7 +429,7 @@ void fv_clip_draw(uint64_t data_seed, FvSplit split, uint32_t index, size_t fram
     if (caption)
         write_caption(&scene, caption, caption_size);
     if (labels)
-        list_objects(&scene, labels->objects);
+        list_objects(&scene, labels);
     for (size_t i = 0; i < size; i++)
         centre[i] = (int32_t)((2 * i + 1) * UNIT / (2 * size));
     for (size_t t = 0; t < frames; t++) {

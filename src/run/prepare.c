@@ -2,7 +2,6 @@
 
 #include <dirent.h>
 #include <errno.h>
-#include <getopt.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -19,19 +18,8 @@
 #include "run/data.h"
 #include "run/data_writer.h"
 #include "run/files.h"
+#include "run/prepare_options.h"
 #include "run/video.h"
-
-typedef struct Options {
-    const char *output, *captions, *tokenizer; /* tokenizer: NULL for bytes */
-    size_t frames, stride, size, most;         /* most clips per video, 0: no limit */
-    size_t clips[2];                           /* procedural, per FvSplit */
-    size_t max_tokens;                         /* 0: not given */
-    uint64_t seed;
-    double held_out;
-    bool center, procedural, masks, help;
-    char **inputs;
-    size_t input_count;
-} Options;
 
 typedef struct Video {
     char *path, *name; /* name: the path below the folder given, or the file's own name */
@@ -44,7 +32,7 @@ typedef struct Video {
 } Video;
 
 typedef struct Run {
-    const Options *options;
+    const FvPrepareOptions *options;
     Video *videos;
     size_t video_count, capacity;
     size_t clips, unreadable, too_short, others;
@@ -54,180 +42,6 @@ typedef struct Run {
     FvSignals signals;
     FvBar bar;
 } Run;
-
-/* --- command line ----------------------------------------------------------------------------- */
-
-static void print_help(void) {
-    puts("usage: fovea prepare VIDEO|FOLDER... -o clips.h5 [options]\n"
-         "       fovea prepare procedural    -o clips.h5 [options]\n"
-         "\n"
-         "Cuts videos into clips for a study (data=clips.h5); folders are searched through.\n"
-         "With `procedural`, writes the built-in clips with their captions.\n"
-         "\n"
-         "  -o, --output FILE           the file to write; appears when it is complete\n"
-         "      --frames N              frames per clip (8)\n"
-         "      --stride N              takes every Nth frame of the video (2)\n"
-         "      --size N                pixels per side, a multiple of 8 (64)\n"
-         "      --crop center|none      the centred square, or all of it squeezed (center)\n"
-         "      --held-out SHARE        share of the videos kept for evaluation (0.1)\n"
-         "      --max-clips-per-video N the first N clips of each video (all)\n"
-         "      --captions FILE         lines NAME TAB CAPTION, or JSON lines with video and "
-         "caption\n"
-         "      --tokenizer FILE        a tokenizer.json; without it tokens are bytes\n"
-         "      --max-tokens N          room for a caption (64)\n"
-         "      --seed N                chooses the held-out videos; procedural: data_seed (0)\n"
-         "      --clips-train N         procedural: training clips (813)\n"
-         "      --clips-held-out N      procedural: held-out clips (64)\n"
-         "      --masks                 procedural: which object covers each pixel, too\n"
-         "      --help                  this text");
-}
-
-static FvStatus parse_count(const char *name, const char *text, uint64_t low, uint64_t high,
-                            uint64_t *out, FvError *err) {
-    char *end;
-    errno = 0;
-    unsigned long long v = strtoull(text, &end, 10);
-    if (end == text || *end || *text == '-' || errno || v < low || v > high)
-        return FV_FAIL(err, FV_USAGE, "prepare: --%s=%s: needs a whole number from %llu to %llu",
-                       name, text, (unsigned long long)low, (unsigned long long)high);
-    *out = v;
-    return FV_OK;
-}
-
-static FvStatus parse_size(const char *name, const char *text, size_t low, size_t high, size_t *out,
-                           FvError *err) {
-    uint64_t v = 0;
-    FV_TRY(parse_count(name, text, low, high, &v, err));
-    *out = (size_t)v;
-    return FV_OK;
-}
-
-static FvStatus parse_share(const char *text, double *out, FvError *err) {
-    char *end;
-    *out = strtod(text, &end);
-    if (end == text || *end || !(*out >= 0 && *out < 1))
-        return FV_FAIL(err, FV_USAGE, "prepare: --held-out=%s: needs a share from 0 to below 1",
-                       text);
-    return FV_OK;
-}
-
-enum {
-    FRAMES = 256,
-    STRIDE,
-    SIZE,
-    CROP,
-    HELD_OUT,
-    MOST,
-    SEED,
-    CLIPS_TRAIN,
-    CLIPS_HELD_OUT,
-    MASKS,
-    CAPTIONS,
-    TOKENIZER,
-    MAX_TOKENS,
-    HELP
-};
-
-static FvStatus take_option(int key, Options *o, FvError *err) {
-    switch (key) {
-    case 'o':
-        o->output = optarg;
-        return FV_OK;
-    case FRAMES:
-        return parse_size("frames", optarg, 1, 4096, &o->frames, err);
-    case STRIDE:
-        return parse_size("stride", optarg, 1, 100000, &o->stride, err);
-    case SIZE:
-        FV_TRY(parse_size("size", optarg, 8, 4096, &o->size, err));
-        if (o->size % 8)
-            return FV_FAIL(err, FV_USAGE, "prepare: --size=%s: needs a multiple of 8", optarg);
-        return FV_OK;
-    case CROP:
-        o->center = !strcmp(optarg, "center");
-        if (!o->center && strcmp(optarg, "none") != 0)
-            return FV_FAIL(err, FV_USAGE, "prepare: --crop=%s: needs center or none", optarg);
-        return FV_OK;
-    case HELD_OUT:
-        return parse_share(optarg, &o->held_out, err);
-    case MOST:
-        return parse_size("max-clips-per-video", optarg, 1, UINT32_MAX, &o->most, err);
-    case SEED:
-        return parse_count("seed", optarg, 0, UINT32_MAX, &o->seed, err);
-    case CLIPS_TRAIN:
-        return parse_size("clips-train", optarg, 1, 10000000, &o->clips[FV_TRAIN], err);
-    case CLIPS_HELD_OUT:
-        return parse_size("clips-held-out", optarg, 1, 10000000, &o->clips[FV_HELD_OUT], err);
-    case CAPTIONS:
-        o->captions = optarg;
-        return FV_OK;
-    case TOKENIZER:
-        o->tokenizer = optarg;
-        return FV_OK;
-    case MAX_TOKENS:
-        return parse_size("max-tokens", optarg, 1, 4096, &o->max_tokens, err);
-    case MASKS:
-        o->masks = true;
-        return FV_OK;
-    case HELP:
-        o->help = true;
-        return FV_OK;
-    default:
-        return FV_FAIL(err, FV_USAGE,
-                       "prepare: option %s is not known or lacks its value: see "
-                       "fovea prepare --help",
-                       optarg);
-    }
-}
-
-static FvStatus parse(int argc, char **argv, Options *o, FvError *err) {
-    static const struct option table[] = {
-        {"output", required_argument, NULL, 'o'},
-        {"frames", required_argument, NULL, FRAMES},
-        {"stride", required_argument, NULL, STRIDE},
-        {"size", required_argument, NULL, SIZE},
-        {"crop", required_argument, NULL, CROP},
-        {"held-out", required_argument, NULL, HELD_OUT},
-        {"max-clips-per-video", required_argument, NULL, MOST},
-        {"seed", required_argument, NULL, SEED},
-        {"clips-train", required_argument, NULL, CLIPS_TRAIN},
-        {"clips-held-out", required_argument, NULL, CLIPS_HELD_OUT},
-        {"captions", required_argument, NULL, CAPTIONS},
-        {"tokenizer", required_argument, NULL, TOKENIZER},
-        {"max-tokens", required_argument, NULL, MAX_TOKENS},
-        {"masks", no_argument, NULL, MASKS},
-        {"help", no_argument, NULL, HELP},
-        {NULL, 0, NULL, 0}};
-    *o = (Options){
-        .frames = 8, .stride = 2, .size = 64, .held_out = 0.1, .center = true, .clips = {813, 64}};
-    optind = 0; /* a fresh scan */
-    opterr = 0;
-    for (int key; (key = getopt_long(argc, argv, "o:", table, NULL)) != -1;) {
-        if (key == '?')
-            optarg = argv[optind - 1];
-        FV_TRY(take_option(key, o, err));
-    }
-    o->inputs = argv + optind;
-    o->input_count = (size_t)(argc - optind);
-    if (o->help)
-        return FV_OK;
-    if (o->input_count == 0)
-        return FV_FAIL(err, FV_USAGE,
-                       "prepare: name videos or folders, or `procedural`: see fovea "
-                       "prepare --help");
-    if (!o->output || !*o->output)
-        return FV_FAIL(err, FV_USAGE, "prepare: name the file to write with -o clips.h5");
-    o->procedural = o->input_count == 1 && !strcmp(o->inputs[0], "procedural");
-    if (o->masks && !o->procedural)
-        return FV_FAIL(err, FV_USAGE, "prepare: --masks: only `procedural` clips have masks");
-    if (o->captions && o->procedural)
-        return FV_FAIL(err, FV_USAGE, "prepare: --captions: `procedural` clips have their own");
-    if (!o->captions && (o->tokenizer || o->max_tokens))
-        return FV_FAIL(err, FV_USAGE, "prepare: %s needs --captions FILE",
-                       o->tokenizer ? "--tokenizer" : "--max-tokens");
-    if (o->captions && !o->max_tokens)
-        o->max_tokens = 64;
-    return FV_OK;
-}
 
 /* Looked for between frames. */
 static FvStatus check_signals(const Run *r, FvError *err) {
@@ -325,7 +139,7 @@ static void report(const Run *r, const Video *v, const char *what, const char *r
 /* Cuts clips that do not overlap: each spans frames * stride frames of the video, whatever their
  * time stamps. Damage ends a video; the clips before it are good. */
 static FvStatus cut_clips(Run *r, Video *v, FvVideo *video, FvError *err) {
-    const Options *o = r->options;
+    const FvPrepareOptions *o = r->options;
     size_t frame_bytes = o->size * o->size * 3, span = o->frames * o->stride;
     for (size_t frame = 0; !o->most || v->clips < o->most; frame++) {
         size_t place = frame % span; /* within the clip */
@@ -432,7 +246,7 @@ static void report_captions(const Run *r) {
 }
 
 static FvStatus finish_videos(Run *r, FvError *err) {
-    const Options *o = r->options;
+    const FvPrepareOptions *o = r->options;
     if (r->clips == 0)
         return FV_FAIL(err, FV_DATA,
                        "prepare: no clips: of %zu files %zu are unreadable, %zu too "
@@ -467,7 +281,7 @@ static FvStatus finish_videos(Run *r, FvError *err) {
 
 /* Before any video is decoded: what is wrong shows at once. */
 static FvStatus load_captions(Run *r, FvError *err) {
-    const Options *o = r->options;
+    const FvPrepareOptions *o = r->options;
     FvCaptions *c = &r->captions;
     if (!o->captions)
         return FV_OK;
@@ -496,7 +310,7 @@ static const char *file_name(const char *path) {
 }
 
 static FvStatus prepare_videos(Run *r, FvError *err) {
-    const Options *o = r->options;
+    const FvPrepareOptions *o = r->options;
     FV_TRY(fv_video_available(err));
     for (size_t i = 0; i < o->input_count; i++) {
         const char *path = o->inputs[i];
@@ -523,7 +337,7 @@ static FvStatus prepare_videos(Run *r, FvError *err) {
 
 static FvStatus add_drawn(Run *r, FvSplit split, uint32_t index, FvClipLabels *labels,
                           FvError *err) {
-    const Options *o = r->options;
+    const FvPrepareOptions *o = r->options;
     char source[64], caption[FV_CAPTION_TOKENS + 1];
     int32_t tokens[FV_CAPTION_TOKENS];
     fv_clip_draw(o->seed, split, index, o->frames, o->size, r->pixels, labels, caption,
@@ -545,7 +359,7 @@ static FvStatus add_drawn(Run *r, FvSplit split, uint32_t index, FvClipLabels *l
 
 /* The built-in clips as a file: training clips first, captions as bytes. */
 static FvStatus prepare_procedural(Run *r, FvError *err) {
-    const Options *o = r->options;
+    const FvPrepareOptions *o = r->options;
     size_t all = o->clips[FV_TRAIN] + o->clips[FV_HELD_OUT];
     FvClipSpec spec = {.frames = o->frames,
                        .size = o->size,
@@ -585,7 +399,7 @@ static FvStatus prepare_procedural(Run *r, FvError *err) {
     return FV_OK;
 }
 
-static FvStatus run(const Options *o, FvError *err) {
+static FvStatus run(const FvPrepareOptions *o, FvError *err) {
     Run r = {.options = o, .bar = fv_bar_start("prepare"), .signals = fv_signals_hold()};
     r.pixels = malloc(fv_mul4(o->frames, o->size, o->size, 3));
     FvStatus status;
@@ -611,10 +425,10 @@ static FvStatus run(const Options *o, FvError *err) {
 }
 
 FvStatus fv_prepare(int argc, char **argv, FvError *err) {
-    Options options;
-    FV_TRY(parse(argc, argv, &options, err));
+    FvPrepareOptions options;
+    FV_TRY(fv_prepare_parse(argc, argv, &options, err));
     if (options.help) {
-        print_help();
+        fv_prepare_print_help();
         return FV_OK;
     }
     return run(&options, err);

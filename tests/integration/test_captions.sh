@@ -124,4 +124,17 @@ expect 3 'vocabulary has 256 tokens: set lm_vocab' "$FOVEA" "$study" data=clips.
     --only A_baseline --out small
 expect 3 'captions.tsv:1: the caption has 3 tokens, --max-tokens is 2' "${tokenize[@]}" words.json \
     --max-tokens 2
+
+# a signal ends the wait for the tokenizer
+printf '#!/bin/sh\n: >started\nexec sleep 60\n' >slow
+chmod +x slow
+cp clips.h5 words.h5
+PYTHON=$TMPDIR/slow "${tokenize[@]}" words.json >out 2>&1 &
+child=$!
+for _ in $(seq 100); do [ -e started ] && break; sleep 0.05; done
+kill -TERM $child
+status=0
+wait $child || status=$?
+[ "$status" = 75 ] || { cat out; fail "exit status $status after TERM, not 75"; }
+cmp clips.h5 words.h5 || fail "clips.h5 was changed"
 ! ls ./*.tmp-* 2>/dev/null || fail "temporary files were left"
