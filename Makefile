@@ -40,7 +40,8 @@ $(B)/config.mk: scripts/configure scripts/packages.txt
 SOURCES := $(sort $(wildcard src/base/*.c src/backend/*.c src/model/*.c src/run/*.c src/main.c))
 PARTS := $(filter-out src/main.c,$(SOURCES))
 # The part of the program whose mathematics is proved in double.
-PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file%,$(PARTS))
+PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file% \
+             src/run/weights% src/run/model_folder% src/run/hf_config% src/run/config%,$(PARTS))
 TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
@@ -107,6 +108,10 @@ run:
 	mpirun -np $(NP) ./fovea $(ARGS)
 
 $(B)/f32/bench_ops: $(B)/f32/tests/speed/bench_ops.o $(PARTS:%.c=$(B)/f32/%.o)
+	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
+
+$(B)/f32/parity: $(B)/f32/tests/reference/parity.o $(B)/f32/tests/unit/parity.o \
+                 $(PARTS:%.c=$(B)/f32/%.o)
 	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
 
 bench: all $(B)/f32/bench_ops

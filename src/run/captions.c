@@ -241,7 +241,7 @@ static FvStatus run_script(const char *tokenizer, FILE *const stream[STREAMS], F
     const char *python = getenv("PYTHON");
     if (!python || !*python)
         python = "python3";
-    fv_beside_program("scripts/tokenize_captions.py", script);
+    fv_program_file("scripts/tokenize_captions.py", script);
     char *const argv[] = {(char *)python, script, (char *)tokenizer, NULL};
     pid_t child;
     FV_TRY(spawn(python, argv, stream, &child, err));

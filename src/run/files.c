@@ -23,18 +23,20 @@ FvStatus fv_path(FvError *err, char *out, size_t size, const char *format, ...) 
     return FV_OK;
 }
 
-void fv_beside_program(const char *relative, char out[FV_PATH]) {
+void fv_program_file(const char *relative, char out[FV_PATH]) {
     char program[FV_PATH];
-    snprintf(out, FV_PATH, "%s", relative);
-    if (access(out, F_OK) == 0)
-        return;
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
     char *slash = n > 0 ? (program[n] = '\0', strrchr(program, '/')) : NULL;
-    if (!slash)
-        return;
-    *slash = '\0';
-    if ((size_t)snprintf(out, FV_PATH, "%s/%s", program, relative) >= FV_PATH)
+    if (slash)
+        *slash = '\0';
+    if (!slash || (size_t)snprintf(out, FV_PATH, "%s/%s", program, relative) >= FV_PATH)
         snprintf(out, FV_PATH, "%s", relative);
+}
+
+void fv_beside_program(const char *relative, char out[FV_PATH]) {
+    snprintf(out, FV_PATH, "%s", relative);
+    if (access(out, F_OK) != 0)
+        fv_program_file(relative, out);
 }
 
 FvStatus fv_make_folder(const char *path, FvError *err) {

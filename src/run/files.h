@@ -38,8 +38,11 @@ FvStatus fv_file_publish(const char *temporary, const char *path, FvError *err);
  * a folder that is not there holds none. */
 FvStatus fv_remove_temporaries(const char *folder, FvError *err);
 
-/* Path of a file that belongs to the program (configs/..., models/...): `relative` where it is
- * there from the current folder, else in the program's own folder. */
+/* Path of a file that comes with the program, in the program's own folder. */
+void fv_program_file(const char *relative, char out[FV_PATH]);
+
+/* The same for data (configs/..., models/...): `relative` itself where it is there from the current
+ * folder. */
 void fv_beside_program(const char *relative, char out[FV_PATH]);
 
 bool fv_utf8_valid(const char *text);
