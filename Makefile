@@ -107,14 +107,14 @@ run:
 	@$(MAKE) --no-print-directory $(JOBS) all
 	mpirun -np $(NP) ./fovea $(ARGS)
 
-$(B)/f32/bench_ops: $(B)/f32/tests/speed/bench_ops.o $(PARTS:%.c=$(B)/f32/%.o)
+$(B)/f32/bench_%: $(B)/f32/tests/speed/bench_%.o $(PARTS:%.c=$(B)/f32/%.o)
 	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
 
 $(B)/f32/parity: $(B)/f32/tests/reference/parity.o $(B)/f32/tests/unit/parity.o \
                  $(PARTS:%.c=$(B)/f32/%.o)
 	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
 
-bench: all $(B)/f32/bench_ops
+bench: all $(B)/f32/bench_ops $(B)/f32/bench_encoder
 	$(B)/f32/bench_ops
 	$(or $(PYTHON),python3) tests/bench
 

@@ -8,6 +8,7 @@ configuration, for example `torch A_baseline threads 2: 3.1 steps/s`.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 
@@ -37,6 +38,15 @@ SMALL = Sizes(
     query_width=64,
     head_width=32,
     film_width=512,
+)
+SEED = dataclasses.replace(
+    SMALL,
+    size=224,
+    patch=14,
+    dino_width=384,
+    dino_heads=6,
+    dino_layers=12,
+    dino_mlp=1536,
 )
 EXPERIMENTS = {"A_baseline": Switches(), "D_freeze_dino": Switches(freeze_dino=True)}
 WARM_UP_STEPS = 5
@@ -110,11 +120,36 @@ def steps_per_second(s: Switches, seconds: float) -> float:
     return steps / (time.perf_counter() - begin)
 
 
+@torch.no_grad()
+def encoder_frames_per_second(seconds: float) -> float:
+    """The encoder's forward pass at the seed scale, 8 frames at once."""
+    found = {}
+    generator = torch.Generator().manual_seed(1)
+    for name, shape in model.shapes(SEED).items():
+        if name.startswith("dino."):
+            found[name] = 0.02 * torch.randn(shape, generator=generator)
+    frames = torch.randint(0, 256, (1, 8, SEED.size, SEED.size, 3), generator=generator,
+                           dtype=torch.uint8)
+    model.encode(found, SEED, frames)
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        model.encode(found, SEED, frames)
+        count += frames.shape[1]
+    return count / (time.perf_counter() - begin)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times the PyTorch reference on the CPU.")
     parser.add_argument("--threads", default="1,2", help="thread counts, with commas between")
     parser.add_argument("--seconds", type=float, default=8, help="time for each configuration")
+    parser.add_argument("--encoder", action="store_true", help="the encoder's forward pass alone")
     args = parser.parse_args()
+    if args.encoder:
+        for threads in args.threads.split(","):
+            torch.set_num_threads(int(threads))
+            speed = encoder_frames_per_second(args.seconds)
+            print(f"torch encoder threads {threads}: {speed:.2f} frames/s", flush=True)
+        return 0
     for s in EXPERIMENTS.values():
         check_batched(s)
     for threads in args.threads.split(","):
