@@ -15,6 +15,7 @@
 #include "run/plan.h"
 #include "run/processor.h"
 #include "run/ranking.h"
+#include "run/safetensors.h"
 #include "run/sha256.h"
 #include "run/train.h"
 #include "run/weights.h"
@@ -354,7 +355,7 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
     return status;
 }
 
-/* The files that an experiment starts from; "" for none. */
+/* What an experiment starts from: safetensors files or indices; "" for none. */
 static FvStatus list_weights(const FvConfig *c, char paths[3][FV_TEXT], FvError *err) {
     const char *const models[] = {c->dino_from, c->lm_from};
     char config[FV_TEXT];
@@ -366,40 +367,55 @@ static FvStatus list_weights(const FvConfig *c, char paths[3][FV_TEXT], FvError 
     return FV_OK;
 }
 
-/* Adds a line to a text that has room for it. */
-static void add_line(char *text, size_t room, const char *line) {
-    size_t used = strlen(text);
-    snprintf(text + used, room - used, "%s%s", used ? "\n" : "", line);
+/* Adds a line; a text that is NULL has run out of memory. */
+static void add_line(char **text, const char *line) {
+    size_t used = *text ? strlen(*text) : 0;
+    char *longer = *text ? realloc(*text, used + strlen(line) + 2) : NULL;
+    if (!longer)
+        free(*text);
+    else
+        sprintf(longer + used, "%s%s", used ? "\n" : "", line);
+    *text = longer;
 }
 
 static bool has_line(const char *text, const char *line) {
     size_t n = strlen(line);
-    for (const char *at = text; (at = strstr(at, line)); at += n)
+    for (const char *at = text; at && (at = strstr(at, line)); at += n)
         if ((at == text || at[-1] == '\n') && (at[n] == '\n' || at[n] == '\0'))
             return true;
     return false;
 }
 
+/* Path and sum of a file, or of an index and its shards, unless they are there already. */
+static FvStatus note_file(Session *s, const char *path, FvError *err) {
+    FvTensorFile *file;
+    char sum[FV_SHA256_TEXT];
+    FvStatus status = FV_OK;
+    if (!path[0] || has_line(s->weights, path))
+        return FV_OK;
+    FV_TRY(fv_tensors_open(path, &file, err));
+    for (size_t i = 0; status == FV_OK && i < fv_tensors_files(file); i++) {
+        status = fv_sha256_file(fv_tensors_file(file, i), sum, err);
+        add_line(&s->weights, fv_tensors_file(file, i));
+        add_line(&s->weights_sha256, sum);
+    }
+    fv_tensors_close(file);
+    return status;
+}
+
 /* All files that experiments start from, each named once, and their sums. */
 static FvStatus note_weights(Session *s, FvError *err) {
-    size_t n = s->study.experiment_count;
-    const size_t room[2] = {fv_mul3(3, n + 1, FV_TEXT), fv_mul3(3, n + 1, FV_SHA256_TEXT)};
-    s->weights = calloc(room[0], 1);
-    s->weights_sha256 = calloc(room[1], 1);
-    if (!s->weights || !s->weights_sha256)
-        return FV_FAIL(err, FV_DEVICE, "out of memory for %zu weights files", n);
-    for (size_t e = 0; e < n; e++) {
-        char paths[3][FV_TEXT], sum[FV_SHA256_TEXT];
+    s->weights = calloc(1, 1);
+    s->weights_sha256 = calloc(1, 1);
+    for (size_t e = 0; e < s->study.experiment_count; e++) {
+        char paths[3][FV_TEXT];
         FV_TRY(list_weights(&s->study.experiments[e].config, paths, err));
-        for (size_t i = 0; i < 3; i++) {
-            if (!paths[i][0] || has_line(s->weights, paths[i]))
-                continue;
-            FV_TRY(fv_sha256_file(paths[i], sum, err));
-            add_line(s->weights, room[0], paths[i]);
-            add_line(s->weights_sha256, room[1], sum);
-        }
+        for (size_t i = 0; i < 3; i++)
+            FV_TRY(note_file(s, paths[i], err));
     }
-    return FV_OK;
+    return s->weights && s->weights_sha256
+               ? FV_OK
+               : FV_FAIL(err, FV_DEVICE, "out of memory for the list of weights files");
 }
 
 static FvStatus start_coordinator(Session *s, FvError *err) {

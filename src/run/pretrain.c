@@ -22,7 +22,7 @@
 
 #define PRETRAIN_KEYS(X)                                                                           \
     X(size, steps, 3000, 1, 100000000, "training steps")                                           \
-    X(size, batch, 64, 1, 65536, "images per step, over all ranks")                                \
+    X(size, batch, 32, 1, 65536, "images per step, over all ranks")                                \
     X(size, seed, 0, 0, 4294967295, "of start weights, order and crops")                           \
     X(size, clips, 8192, 2, 10000000, "procedural clips")                                          \
     X(size, data_seed, 1, 0, 4294967295, "seed of the procedural clips; a study draws from 0")     \
@@ -30,14 +30,14 @@
     X(size, image_size, 64, 8, 4096, "procedural: pixels per side of a frame")                     \
     X(size, crop_size, 64, 8, 4096, "pixels per side of the two large crops")                      \
     X(size, local_size, 32, 8, 4096, "pixels per side of the small crops")                         \
-    X(size, locals, 6, 0, 64, "small crops per image")                                             \
+    X(size, locals, 4, 0, 64, "small crops per image")                                             \
     X(real, crop_area, 0.4, 0.001, 1,                                                              \
       "share of the frame's area: large crops cover more, small crops less")                       \
     X(real, local_area, 0.05, 0.001, 1, "least share that a small crop covers")                    \
     X(real, mask_share, 0.3, 0, 0.9,                                                               \
       "share of the patches of the large crops that the student does not see; 0 is plain DINO")    \
     X(real, patch_weight, 1, 0, 1e6, "weight of the loss of these patches")                        \
-    X(real, jitter, 0.4, 0, 1, "brightness, contrast, saturation and hue of crops")                \
+    X(real, jitter, 0.2, 0, 1, "brightness, contrast, saturation and hue of crops")                \
     X(real, grey, 0.1, 0, 1, "probability of a grey crop")                                         \
     X(real, blur, 0.3, 0, 1, "probability of a blurred crop")                                      \
     X(size, patch, 8, 1, 1024, "pixels per patch side")                                            \

@@ -384,6 +384,15 @@ const char *fv_tensors_path(const FvTensorFile *f) {
     return f->path;
 }
 
+size_t fv_tensors_files(const FvTensorFile *f) {
+    return f->shard_count + (f->index != NULL);
+}
+
+const char *fv_tensors_file(const FvTensorFile *f, size_t index) {
+    size_t first = f->index != NULL; /* shard */
+    return index < first ? f->path : f->shards[index - first].path;
+}
+
 size_t fv_tensors_count(const FvTensorFile *f) {
     return f->count;
 }

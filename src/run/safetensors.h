@@ -59,6 +59,9 @@ typedef struct FvTensorFile FvTensorFile;
 FvStatus fv_tensors_open(const char *path, FvTensorFile **out, FvError *err);
 void fv_tensors_close(FvTensorFile *); /* NULL: nothing to do */
 const char *fv_tensors_path(const FvTensorFile *);
+/* The files read: one, or the index and its shards. */
+size_t fv_tensors_files(const FvTensorFile *);
+const char *fv_tensors_file(const FvTensorFile *, size_t index);
 size_t fv_tensors_count(const FvTensorFile *);
 /* In the order of their data; shard after shard. */
 const FvTensor *fv_tensors_at(const FvTensorFile *, size_t index);
