@@ -114,7 +114,7 @@ $(B)/f32/parity: $(B)/f32/tests/reference/parity.o $(B)/f32/tests/unit/parity.o 
                  $(PARTS:%.c=$(B)/f32/%.o)
 	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
 
-bench: all $(B)/f32/bench_ops $(B)/f32/bench_encoder
+bench: all $(B)/f32/bench_ops $(B)/f32/bench_encoder $(B)/f32/bench_weights
 	$(B)/f32/bench_ops
 	$(or $(PYTHON),python3) tests/bench
 
