@@ -91,7 +91,7 @@ def read_config(source):
     heads = source.llama("attention.head_count")
     width = source.llama("embedding_length")
     if width % heads:
-        raise Refused(f"{source.path}: embedding_length {width} is no multiple of head_count {heads}")
+        raise Refused(f"{source.path}: embedding_length {width} is no multiple of {heads} heads")
     head_width = source.llama("attention.key_length", width // heads)
     rotated = source.llama("rope.dimension_count", head_width)
     scaling = source.llama("rope.scaling.type", "none")
@@ -200,7 +200,8 @@ def read_weights(source, config):
         weight = weight.reshape(shape)
         yield name, rows_of_halves(weight, config[HEADS[part]]) if part in HEADS else weight
     if missing:
-        raise Refused(f"{source.path}: {len(missing)} tensors are missing, {next(iter(missing))} first")
+        first = next(iter(missing))
+        raise Refused(f"{source.path}: {len(missing)} tensors are missing, {first} first")
 
 
 def write_weights(path, weights, kind):

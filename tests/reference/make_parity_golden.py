@@ -54,7 +54,8 @@ def original_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for i in range(layers):
         old, new = f"encoder.layer.{i}.", f"blocks.{i}."
         for end in ("weight", "bias"):
-            three = [weights[f"{old}attention.attention.{p}.{end}"] for p in ("query", "key", "value")]
+            attention = f"{old}attention.attention."
+            three = [weights[f"{attention}{part}.{end}"] for part in ("query", "key", "value")]
             found[f"{new}attn.qkv.{end}"] = torch.cat(three)
         for theirs, name in parts.items():
             for end in ("", ".weight", ".bias"):

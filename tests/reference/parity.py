@@ -64,7 +64,7 @@ def random_dinov2(
         architectures=["Dinov2Model"],
     )
     weights = random_weights(sizes, "dino.", seed)
-    # The reference's gain is meant for small patches: keeps the patches' part as large as positions.
+    # The reference's gain is for small patches; this keeps the patches' part as large as positions.
     weights["embeddings.patch_embeddings.projection.weight"] *= 2.5 / (patch * 3**0.5)
     weights["embeddings.mask_token"] = torch.ones(1, width)
     return Checkpoint(config, weights)

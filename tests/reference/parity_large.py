@@ -1,4 +1,4 @@
-"""Compares fovea's encoder and language model with transformers at the study's sizes, layer by layer.
+"""Compares fovea's encoder and language model with transformers at full size, layer by layer.
 
     make build/f32/parity
     python3 tests/reference/parity_large.py [--llama FOLDER] [--dinov2 FOLDER] > table.md
@@ -58,15 +58,14 @@ def llama_inputs(folder: Path) -> dict[str, Tensor]:
 
 def all_cases(scratch: Path, options: argparse.Namespace) -> list[Case]:
     """Writes the folders of random weights."""
-    small = parity.random_dinov2(384, 6, 12, 1536, 14, TABLE, seed=5)
-    base = parity.random_dinov2(768, 12, 12, 3072, 14, TABLE, seed=6)
-    llama = parity.random_llama(576, 9, 3, 30, 1536, 49152, seed=7)
-    for name, made in (("small", small), ("base", base), ("llama", llama)):
-        made.save(scratch / name)
+    small, base, llama = scratch / "small", scratch / "base", scratch / "llama"
+    parity.random_dinov2(384, 6, 12, 1536, 14, TABLE, seed=5).save(small)
+    parity.random_dinov2(768, 12, 12, 3072, 14, TABLE, seed=6).save(base)
+    parity.random_llama(576, 9, 3, 30, 1536, 49152, seed=7).save(llama)
     cases = [
-        Case("dinov2", "ViT-S/14, random", scratch / "small", encoder_inputs()),
-        Case("dinov2", "ViT-B/14, random", scratch / "base", encoder_inputs()),
-        Case("llama", "SmolLM2-135M's sizes, random", scratch / "llama", llama_inputs(scratch / "llama")),
+        Case("dinov2", "ViT-S/14, random", small, encoder_inputs()),
+        Case("dinov2", "ViT-B/14, random", base, encoder_inputs()),
+        Case("llama", "SmolLM2-135M's sizes, random", llama, llama_inputs(llama)),
     ]
     if options.dinov2:
         cases.append(Case("dinov2", options.dinov2.name, options.dinov2, encoder_inputs()))
@@ -101,7 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--dinov2", type=Path, help="folder of a DINOv2 checkpoint to compare too")
     parser.add_argument("--llama", type=Path, help="folder of a Llama checkpoint to compare too")
-    parser.add_argument("--program", default=str(PROGRAM), help="command; default: build/f32/parity")
+    parser.add_argument("--program", default=str(PROGRAM), help="default: build/f32/parity")
     options = parser.parse_args()
 
     failed = False

@@ -4,10 +4,10 @@
 
 Encoder and language model start from Hugging Face folders, everything else from values drawn here;
 the clips, with latents, come from a file of `fovea prepare` and `fovea latents`. Prints losses and
-gradient norm of every step as a Markdown table; exit status 1 where they differ by more than 1e-4 of
-their value. The column `rounding` is what a start perturbed by 2^-24 changes in PyTorch: AdamW's first
-steps move every parameter by the learning rate in the direction of its gradient's sign, however small
-the gradient, so rounding grows from step to step. Three runs, one after the other, of about 6 GB.
+gradient norm of every step as a Markdown table; exit status 1 where they differ by more than 1e-4
+of their value and more than twice `rounding`. The column `rounding` is what a start perturbed by 2^-24 changes in PyTorch: AdamW's
+first steps move every parameter by the learning rate along its gradient's sign, however small the
+gradient, so rounding grows from step to step. Three runs, one after the other, of about 6 GB each.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def clips_of_step(step: int, count: int) -> list[int]:
 
 
 def rest_of_model() -> Params:
-    """What neither checkpoint sets, drawn as fovea draws it: queries of deviation 1, tokens of 0.14,
+    """What neither checkpoint sets, as fovea draws it: queries of deviation 1, tokens of 0.14,
     layers uniform within 1/sqrt(inputs), latents 0."""
     generator = torch.Generator().manual_seed(SEED)
     shapes = model.shapes(replace(SIZES, dino_layers=0, lm_layers=0, lm_vocab=1))
@@ -131,7 +131,7 @@ def resized(table: Tensor, grid: int) -> Tensor:
 
 
 def start_values(dinov2: Path, llama: Path, rest: Params) -> Params:
-    p = dict(rest)
+    p = {name: weight.clone() for name, weight in rest.items()}
     for prefix, folder in (("dino.", dinov2), ("lm.", llama)):
         weights = load_file(folder / "model.safetensors")
         p.update({prefix + name: weight.float() for name, weight in weights.items()})
@@ -167,7 +167,8 @@ def run_fovea(options: argparse.Namespace, rest: Params) -> dict[str, list[float
             "scale": "seed", "steps": STEPS, "seeds": SEED, "data": options.data, "latents": "file",
             "dino_from": options.dinov2, "lm_from": options.llama, "init_from": rest_file,
         }  # fmt: skip
-        command = [options.fovea, ROOT / "configs/ablations.yaml", "--only", EXPERIMENT, "--out", out]
+        study = ROOT / "configs/ablations.yaml"
+        command = [options.fovea, study, "--only", EXPERIMENT, "--out", out]
         command += [f"{key}={value}" for key, value in keys.items()]
         subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
         with h5py.File(out / "results.h5") as file:
@@ -183,7 +184,7 @@ def run_reference(options: argparse.Namespace, rest: Params, jitter: float = 0) 
     noise = torch.Generator().manual_seed(1)
     for parameter in trained:
         if jitter:
-            parameter *= 1 + jitter * torch.randn(parameter.shape, generator=noise)
+            parameter.mul_(1 + jitter * torch.randn(parameter.shape, generator=noise))
         parameter.requires_grad_()
     optimizer = torch.optim.AdamW(trained, **STUDY, foreach=False)
     series: dict[str, list[float]] = {name: [] for name in MEASURES}
@@ -205,7 +206,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--dinov2", type=Path, required=True, help="folder of DINOv2 ViT-S/14")
     parser.add_argument("--llama", type=Path, required=True, help="folder of SmolLM2-135M")
-    parser.add_argument("--data", type=Path, required=True, help="clips of 8 frames, 224 px, latents")
+    parser.add_argument("--data", type=Path, required=True, help="8 frames, 224 px, latents")
     parser.add_argument("--fovea", type=Path, default=ROOT / "fovea", help="the program")
     parser.add_argument("--scratch", help="folder for fovea's results; about 5 GB for a while")
     options = parser.parse_args()
@@ -218,9 +219,9 @@ def main() -> int:
     for name in MEASURES:
         rows = zip(ours[name], theirs[name], moved[name], strict=True)
         for step, (a, b, c) in enumerate(rows, 1):
-            difference = abs(a - b) / abs(b)
-            failed = failed or not difference <= LIMIT
-            print(f"| {name} | {step} | {a:.8g} | {b:.8g} | {difference:.1e} | {abs(c - b) / b:.1e} |")
+            difference, rounding = abs(a - b) / b, abs(c - b) / b
+            failed = failed or not difference <= max(LIMIT, 2 * rounding)
+            print(f"| {name} | {step} | {a:.8g} | {b:.8g} | {difference:.1e} | {rounding:.1e} |")
     return int(failed)
 
 
