@@ -404,8 +404,8 @@ static FvStatus create(Pretrain *p, FvError *err) {
     size_t locals = fv_mul4(fv_mul(c->locals, share(p)), c->local_size, c->local_size, 3);
     p->clips = calloc(c->batch, sizeof *p->clips);
     p->globals = malloc(globals);
-    p->locals = malloc(locals + 1);
-    p->masked = calloc(fv_mul3(FV_GLOBAL_CROPS, share(p), p->hidden) + 1, sizeof *p->masked);
+    p->locals = malloc(fv_add(locals, 1));
+    p->masked = calloc(fv_add(fv_mul3(FV_GLOBAL_CROPS, share(p), p->hidden), 1), sizeof *p->masked);
     p->order_of_patches = calloc(p->patches + 1, sizeof *p->order_of_patches);
     bool ok = p->clips && p->globals && p->locals && p->masked && p->order_of_patches;
     for (size_t i = 0; i < COLUMN_COUNT; i++)
