@@ -49,7 +49,8 @@ C_FILES := $(SOURCES) $(wildcard src/*/*.h tests/unit/*.[ch] tests/fuzz/*.[ch])
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
 FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c \
-                       src/run/config.c src/run/study%,$(PARTS))
+                       src/run/config.c src/run/study% src/run/model_folder.c \
+                       src/run/hf_config.c,$(PARTS))
 
 CPPFLAGS += -D_GNU_SOURCE -Isrc -I$(B) $(if $(FFMPEG_FOUND),-DFV_FFMPEG) $(MPI_CFLAGS) \
             $(HDF5_CFLAGS) $(OPENBLAS_CFLAGS) $(YAML_CFLAGS) $(JANSSON_CFLAGS) $(XXHASH_CFLAGS) \

@@ -97,7 +97,8 @@ static FvStatus check(const FvDistillConfig *c, FvError *err) {
         return FV_FAIL(err, FV_USAGE, "dino_width %zu: must be a multiple of dino_heads %zu",
                        c->width, c->heads);
     if (c->masked > 0 && c->masked >= fv_distill_patches(c))
-        return FV_FAIL(err, FV_USAGE, "%zu of %zu patches hidden: some must be seen", c->masked,
+        return FV_FAIL(err, FV_USAGE,
+                       "%zu of %zu patches hidden: some must be seen; lower mask_share", c->masked,
                        fv_distill_patches(c));
     if (c->patch > c->local_size || c->patch > c->size)
         return FV_FAIL(err, FV_USAGE, "patch %zu: does not fit into crops of %zu and %zu pixels",

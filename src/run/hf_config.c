@@ -53,12 +53,12 @@ static FvStatus read_size(const Reader *r, const char *key, size_t *out, FvError
 }
 
 static FvStatus read_number(const Reader *r, const json_t *value, const char *key, double least,
-                            double *out, FvError *err) {
+                            double most, double *out, FvError *err) {
     if (value && !json_is_number(value))
         return FV_FAIL(err, FV_DATA, "%s: %s must be a number", r->path, key);
     if (value)
         *out = json_number_value(value);
-    if (!(*out >= least && *out <= 1e12))
+    if (!(*out >= least && *out <= most))
         return FV_FAIL(err, FV_DATA, "%s: %s %g is out of range", r->path, key, *out);
     return FV_OK;
 }
@@ -116,7 +116,7 @@ static FvStatus read_rope(const Reader *r, FvLlamaSizes *s, FvError *err) {
     const json_t *theta = json_object_get(nested, "rope_theta");
     s->rope_theta = 10000;
     return read_number(r, theta ? theta : json_object_get(r->root, "rope_theta"), "rope_theta", 1,
-                       &s->rope_theta, err);
+                       1e12, &s->rope_theta, err);
 }
 
 static FvStatus read_llama(const Reader *r, FvLlamaSizes *s, FvError *err) {
@@ -130,8 +130,8 @@ static FvStatus read_llama(const Reader *r, FvLlamaSizes *s, FvError *err) {
     if (kv && !json_is_null(kv))
         FV_TRY(read_size(r, "num_key_value_heads", &s->kv_heads, err));
     s->rms_eps = 1e-6; /* transformers' default */
-    FV_TRY(read_number(r, json_object_get(r->root, "rms_norm_eps"), "rms_norm_eps", 0, &s->rms_eps,
-                       err));
+    FV_TRY(read_number(r, json_object_get(r->root, "rms_norm_eps"), "rms_norm_eps", 0, 1,
+                       &s->rms_eps, err));
     FV_TRY(read_rope(r, s, err));
     FV_TRY(expect(r, "hidden_act", json_string("silu"), err));
     FV_TRY(expect(r, "attention_bias", json_false(), err));

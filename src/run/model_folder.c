@@ -107,6 +107,25 @@ static bool has_config(const char *from, char config[FV_TEXT]) {
            fv_folder_find(from, weights, config, &ignored) == FV_OK && config[0];
 }
 
+/* The keys' own ranges hold for what they are set to from here. */
+static FvStatus check_ranges(const char *config, const Size *sizes, size_t count, FvError *err) {
+    for (size_t i = 0; i < count; i++) {
+        const FvKey *key = fv_config_find(sizes[i].key);
+        if ((double)sizes[i].given < key->low || (double)sizes[i].given > key->high)
+            return FV_FAIL(err, FV_DATA, "%s: %s would be %zu, allowed are %.10g to %.10g", config,
+                           key->name, sizes[i].given, key->low, key->high);
+    }
+    return FV_OK;
+}
+
+static void set_sizes(const char *config, const Size *sizes, size_t count) {
+    FvError ignored;
+    if (check_ranges(config, sizes, count, &ignored) != FV_OK)
+        return;
+    for (size_t i = 0; i < count; i++)
+        *sizes[i].asked = sizes[i].given;
+}
+
 void fv_folder_preset(FvConfig *c) {
     char config[FV_TEXT];
     FvError ignored; /* what is wrong is told by fv_weights_check */
@@ -115,19 +134,18 @@ void fv_folder_preset(FvConfig *c) {
     Size sizes[LM_SIZES];
     if (has_config(c->dino_from, config) && fv_hf_read_dino(config, &dino, &ignored) == FV_OK) {
         list_dino(&dino, c, sizes);
-        for (size_t i = 0; i < DINO_SIZES; i++)
-            *sizes[i].asked = sizes[i].given;
+        set_sizes(config, sizes, DINO_SIZES);
     }
     if (has_config(c->lm_from, config) && fv_hf_read_llama(config, &lm, &ignored) == FV_OK) {
         list_lm(&lm, c, sizes);
-        for (size_t i = 0; i < LM_SIZES; i++)
-            *sizes[i].asked = sizes[i].given;
+        set_sizes(config, sizes, LM_SIZES);
         c->lm_rope_theta = lm.rope_theta;
         c->lm_rms_eps = lm.rms_eps;
     }
 }
 
 static FvStatus compare(const char *config, const Size *sizes, size_t count, FvError *err) {
+    FV_TRY(check_ranges(config, sizes, count, err));
     for (size_t i = 0; i < count; i++)
         if (*sizes[i].asked != sizes[i].given)
             return FV_FAIL(err, FV_DATA, "%s %zu: %s says %zu; leave the key out to take its sizes",

@@ -34,7 +34,8 @@ FvStatus fv_outdir_lock(const char *out, int *lock, FvError *err) {
 static bool ours(const char *name) {
     return strncmp(name, "checkpoint-", 11) == 0 || strncmp(name, "history.safetensors", 19) == 0 ||
            strncmp(name, "model.safetensors", 17) == 0 || strncmp(name, "results.h5", 10) == 0 ||
-           strncmp(name, "study.yaml", 10) == 0 || strcmp(name, "log.txt") == 0;
+           strncmp(name, "study.yaml", 10) == 0 || strncmp(name, "pretrain.", 9) == 0 ||
+           strcmp(name, "log.txt") == 0;
 }
 
 FvStatus fv_outdir_clear(const char *folder, FvError *err) {

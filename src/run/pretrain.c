@@ -276,16 +276,27 @@ static FvStatus open_out(Pretrain *p, FvError *err) {
     FV_TRY(fv_make_folder(p->out, err));
     FV_TRY(fv_outdir_lock(p->out, &p->lock, err));
     FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
+    if (p->in->options.fresh || access(path, F_OK) != 0)
+        return FV_OK;
+    char *text = describe(p);
+    FvStatus status = text ? check_same(path, text, err) : FV_FAIL(err, FV_DEVICE, "out of memory");
+    free(text);
+    return status;
+}
+
+/* Once the settings are known to run: what was there goes when --fresh asks for it. */
+static FvStatus keep_out(Pretrain *p, FvError *err) {
+    char path[FV_PATH];
+    if (!is_root(p))
+        return FV_OK;
     if (p->in->options.fresh)
         FV_TRY(fv_outdir_clear(p->out, err));
+    FV_TRY(fv_remove_temporaries(p->out, err));
+    FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
     char *text = describe(p);
     if (!text)
         return FV_FAIL(err, FV_DEVICE, "out of memory");
-    FvStatus status = FV_OK;
-    if (!p->in->options.fresh && access(path, F_OK) == 0)
-        status = check_same(path, text, err);
-    if (status == FV_OK)
-        status = fv_file_write(path, &(FvBytes){text, strlen(text)}, 1, err);
+    FvStatus status = fv_file_write(path, &(FvBytes){text, strlen(text)}, 1, err);
     free(text);
     return status;
 }
@@ -310,6 +321,7 @@ static FvStatus read_columns(void *context, const FvTensorFile *file, uint64_t s
         if (!t || t->count != step || step > p->c.steps)
             return FV_FAIL(err, FV_DATA, "%s: %s is missing or has another length",
                            fv_tensors_path(file), column_names[i]);
+        FV_TRY(fv_tensors_readable(file, t, err));
         fv_tensor_read(t, 0, t->count, p->column[i]);
     }
     return FV_OK;
@@ -392,8 +404,8 @@ static FvStatus create(Pretrain *p, FvError *err) {
     size_t locals = fv_mul4(fv_mul(c->locals, share(p)), c->local_size, c->local_size, 3);
     p->clips = calloc(c->batch, sizeof *p->clips);
     p->globals = malloc(globals);
-    p->locals = malloc(locals + 1);
-    p->masked = calloc(fv_mul3(FV_GLOBAL_CROPS, share(p), p->hidden) + 1, sizeof *p->masked);
+    p->locals = malloc(fv_add(locals, 1));
+    p->masked = calloc(fv_add(fv_mul3(FV_GLOBAL_CROPS, share(p), p->hidden), 1), sizeof *p->masked);
     p->order_of_patches = calloc(p->patches + 1, sizeof *p->order_of_patches);
     bool ok = p->clips && p->globals && p->locals && p->masked && p->order_of_patches;
     for (size_t i = 0; i < COLUMN_COUNT; i++)
@@ -578,6 +590,7 @@ static FvStatus run(Pretrain *p, bool *speaker, bool *abort, FvError *err) {
     TOGETHER(open_data(p, err));
     TOGETHER(open_out(p, err));
     TOGETHER(create(p, err));
+    TOGETHER(keep_out(p, err));
     FvStatus status = train(p, err);
     *abort = status != FV_OK && status != FV_STOPPED && p->group.size > 1;
     if (*abort) {
