@@ -18,6 +18,7 @@
 #include "run/latents_command.h"
 #include "run/prepare.h"
 #include "run/pretrain.h"
+#include "run/pretrain_config.h"
 #include "run/processor.h"
 #include "run/ranking.h"
 

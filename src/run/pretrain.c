@@ -17,72 +17,9 @@
 #include "run/data_file.h"
 #include "run/files.h"
 #include "run/outdir.h"
+#include "run/pretrain_config.h"
 #include "run/processor.h"
 #include "run/weights.h"
-
-#define PRETRAIN_KEYS(X)                                                                           \
-    X(size, steps, 3000, 1, 100000000, "training steps")                                           \
-    X(size, batch, 32, 1, 65536, "images per step, over all ranks")                                \
-    X(size, seed, 0, 0, 4294967295, "of start weights, order and crops")                           \
-    X(size, clips, 8192, 2, 10000000, "procedural clips")                                          \
-    X(size, data_seed, 1, 0, 4294967295, "seed of the procedural clips; a study draws from 0")     \
-    X(size, frames, 4, 1, 4096, "procedural: frames per clip, of which a step takes one")          \
-    X(size, image_size, 64, 8, 4096, "procedural: pixels per side of a frame")                     \
-    X(size, crop_size, 64, 8, 4096, "pixels per side of the two large crops")                      \
-    X(size, local_size, 32, 8, 4096, "pixels per side of the small crops")                         \
-    X(size, locals, 4, 0, 64, "small crops per image")                                             \
-    X(real, crop_area, 0.4, 0.001, 1,                                                              \
-      "share of the frame's area: large crops cover more, small crops less")                       \
-    X(real, local_area, 0.05, 0.001, 1, "least share that a small crop covers")                    \
-    X(real, mask_share, 0.3, 0, 0.9,                                                               \
-      "share of the patches of the large crops that the student does not see; 0 is plain DINO")    \
-    X(real, patch_weight, 1, 0, 1e6, "weight of the loss of these patches")                        \
-    X(real, jitter, 0.2, 0, 1, "brightness, contrast, saturation and hue of crops")                \
-    X(real, grey, 0.1, 0, 1, "probability of a grey crop")                                         \
-    X(real, blur, 0.3, 0, 1, "probability of a blurred crop")                                      \
-    X(size, patch, 8, 1, 1024, "pixels per patch side")                                            \
-    X(size, dino_width, 64, 1, 65536, "encoder width")                                             \
-    X(size, dino_heads, 4, 1, 1024, "encoder heads")                                               \
-    X(size, dino_layers, 4, 1, 1024, "encoder layers")                                             \
-    X(size, dino_mlp, 256, 1, 1048576, "encoder MLP width")                                        \
-    X(size, head_width, 256, 1, 65536, "hidden width of the projection head")                      \
-    X(size, head_out, 64, 1, 65536, "its unit vector")                                             \
-    X(size, prototypes, 1024, 2, 1048576, "what teacher and student distribute an image over")     \
-    X(real, student_temperature, 0.1, 1e-3, 1e3, "of the student's softmax")                       \
-    X(real, teacher_temperature, 0.04, 1e-3, 1e3, "of the teacher's, after its warm-up")           \
-    X(real, teacher_temperature_start, 0.04, 1e-3, 1e3, "at the first step")                       \
-    X(size, teacher_warmup, 0, 0, 100000000, "steps from the one to the other")                    \
-    X(real, momentum, 0.99, 0, 1, "of the teacher; rises to 1 along a cosine")                     \
-    X(real, center_momentum, 0.9, 0, 1, "of the centre of the teacher's outputs")                  \
-    X(real, lr, 1e-3, 0, 1e3, "AdamW rate after the warm-up; falls along a cosine")                \
-    X(real, lr_end, 1e-6, 0, 1e3, "rate of the last step")                                         \
-    X(size, warmup_steps, 300, 0, 100000000, "linear warm-up of the rate")                         \
-    X(real, weight_decay, 0.04, 0, 1e3, "at the first step")                                       \
-    X(real, weight_decay_end, 0.4, 0, 1e3, "at the last step, along a cosine")                     \
-    X(real, clip_norm, 3, 1e-12, 1e30, "gradients are scaled down to this norm")                   \
-    X(size, still_steps, 100, 0, 100000000, "first steps, in which the prototypes do not learn")   \
-    X(size, checkpoint_steps, 1000, 1, 100000000, "steps between checkpoints")                     \
-    X(real, checkpoint_seconds, 60, 0.01, 1e9, "seconds between checkpoints")
-
-typedef struct PretrainConfig {
-#define X(kind, key, value, low, high, help) FV_FIELD_##kind(key)
-    PRETRAIN_KEYS(X)
-#undef X
-} PretrainConfig;
-
-static const PretrainConfig defaults = {
-#define X(kind, key, value, low, high, help) .key = value,
-    PRETRAIN_KEYS(X)
-#undef X
-};
-
-static const FvKey key_list[] = {
-#define X(kind, key, value, low, high, help) FV_KEY_ROW_##kind(PretrainConfig, key, low, high, help)
-    PRETRAIN_KEYS(X)
-#undef X
-        {NULL, NULL, FV_KEY_size, 0, 0, 0, NULL}};
-
-static const FvKeys keys = {key_list, &defaults};
 
 /* Measures of every step. */
 #define COLUMNS(X)                                                                                 \
@@ -111,7 +48,7 @@ static const char *const column_names[COLUMN_COUNT] = {
 
 typedef struct Pretrain {
     const FvInvocation *in;
-    PretrainConfig c;
+    FvPretrainConfig c;
     const char *source, *out;
     int lock; /* rank 0: of OUT */
     FvGroup group;
@@ -141,68 +78,8 @@ static size_t share(const Pretrain *p) {
     return p->c.batch / p->group.size;
 }
 
-void fv_pretrain_print_help(void) {
-    puts("usage: fovea pretrain procedural|CLIPS.h5 [key=value ...] [--out DIR] [--threads N]\n"
-         "       [--fresh]\n\n"
-         "Trains an encoder on single frames without labels (DINO: a student learns to say of one\n"
-         "crop what its slow average says of another) and writes DIR/config.json and\n"
-         "DIR/model.safetensors, a DINOv2 folder for dino_from. DIR: runs/pretrain. The same\n"
-         "command again goes on. Under mpirun the ranks share each step's images.\n\nkeys:");
-    fv_keys_print_help(&keys);
-}
-
-/* --- what is asked for ---------------------------------------------------------------------- */
-
-static FvStatus read_keys(Pretrain *p, FvError *err) {
-    const FvOptions *o = &p->in->options;
-    p->c = defaults;
-    for (size_t i = 0; i < o->override_count; i++) {
-        const char *argument = o->overrides[i], *equals = strchr(argument, '=');
-        char name[FV_NAME];
-        snprintf(name, sizeof name, "%.*s", (int)(equals - argument), argument);
-        const FvKey *key = fv_keys_find(&keys, name);
-        FvNearest nearest = {name, NULL, 0};
-        for (const FvKey *k = key_list; k->name; k++)
-            fv_nearest_offer(&nearest, k->name);
-        if (!key)
-            return FV_FAIL(err, FV_USAGE, "pretrain: key \"%s\" is not known%s%s%s", name,
-                           nearest.name ? "; did you mean \"" : "",
-                           nearest.name ? nearest.name : "; fovea pretrain --help lists the keys",
-                           nearest.name ? "\"?" : "");
-        FV_TRY(fv_keys_set(&keys, &p->c, key, equals + 1, "pretrain", err));
-    }
-    p->source = o->study;
-    p->out = o->out ? o->out : "runs/pretrain";
-    return FV_OK;
-}
-
-static FvStatus check_keys(const Pretrain *p, FvError *err) {
-    const PretrainConfig *c = &p->c;
-    const FvOptions *o = &p->in->options;
-    if (!p->source)
-        return FV_FAIL(err, FV_USAGE,
-                       "pretrain: name the data: procedural or a clips.h5; fovea "
-                       "pretrain --help");
-    if (o->only || o->list || o->dry_run || o->jobs_per_rank > 1 || o->ranks_per_experiment > 1)
-        return FV_FAIL(err, FV_USAGE,
-                       "pretrain takes --out, --threads, --device and --fresh; all "
-                       "ranks share the one job");
-    if (c->batch % p->in->world.size != 0)
-        return FV_FAIL(err, FV_USAGE, "pretrain: batch %zu cannot be shared equally by %zu ranks",
-                       c->batch, p->in->world.size);
-    if (!(c->local_area < c->crop_area))
-        return FV_FAIL(err, FV_USAGE, "pretrain: local_area %g must be below crop_area %g",
-                       c->local_area, c->crop_area);
-    if (c->dino_mlp % c->dino_width != 0)
-        return FV_FAIL(err, FV_USAGE,
-                       "pretrain: dino_mlp %zu must be a multiple of dino_width %zu "
-                       "(config.json holds their ratio)",
-                       c->dino_mlp, c->dino_width);
-    return FV_OK;
-}
-
 static FvStatus open_data(Pretrain *p, FvError *err) {
-    const PretrainConfig *c = &p->c;
+    const FvPretrainConfig *c = &p->c;
     FvConfig d = *fv_config_defaults();
     snprintf(d.data, sizeof d.data, "%s", p->source);
     snprintf(d.latents, sizeof d.latents, "blocks");
@@ -231,44 +108,6 @@ static FvStatus open_data(Pretrain *p, FvError *err) {
 
 /* --- OUT ------------------------------------------------------------------------------------ */
 
-/* Everything that decides the result, a line each. */
-static char *describe(const Pretrain *p) {
-    size_t count = sizeof key_list / sizeof *key_list, room = fv_mul(count + 2, FV_TEXT + FV_NAME);
-    char *text = calloc(room, 1), value[FV_TEXT];
-    if (!text)
-        return NULL;
-    size_t used = (size_t)snprintf(text, room, "data: %s\n", fv_data_info(p->data)->sha256);
-    for (const FvKey *k = key_list; k->name; k++) {
-        if (strncmp(k->name, "checkpoint_", 11) == 0)
-            continue;
-        fv_config_format(&p->c, k, value, sizeof value);
-        used += (size_t)snprintf(text + used, room - used, "%s: %s\n", k->name, value);
-    }
-    return text;
-}
-
-/* What was begun in OUT with other settings is not gone on with: the first line that differs is
- * named. */
-static FvStatus check_same(const char *path, const char *text, FvError *err) {
-    char *kept;
-    size_t size;
-    FV_TRY(fv_file_read(path, &kept, &size, err));
-    FvStatus status = FV_OK;
-    const char *a = kept, *b = text;
-    while (status == FV_OK && (*a || *b)) {
-        size_t m = strcspn(a, "\n"), n = strcspn(b, "\n");
-        if (m != n || strncmp(a, b, n) != 0)
-            status = FV_FAIL(err, FV_USAGE,
-                             "%s was begun with \"%.*s\", now \"%.*s\": use the same settings, "
-                             "another --out, or --fresh to start over",
-                             path, (int)(m > 100 ? 100 : m), a, (int)(n > 100 ? 100 : n), b);
-        a += m + (a[m] == '\n');
-        b += n + (b[n] == '\n');
-    }
-    free(kept);
-    return status;
-}
-
 static FvStatus open_out(Pretrain *p, FvError *err) {
     char path[FV_PATH];
     if (!is_root(p))
@@ -278,8 +117,9 @@ static FvStatus open_out(Pretrain *p, FvError *err) {
     FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
     if (p->in->options.fresh || access(path, F_OK) != 0)
         return FV_OK;
-    char *text = describe(p);
-    FvStatus status = text ? check_same(path, text, err) : FV_FAIL(err, FV_DEVICE, "out of memory");
+    char *text = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
+    FvStatus status =
+        text ? fv_pretrain_same(path, text, err) : FV_FAIL(err, FV_DEVICE, "out of memory");
     free(text);
     return status;
 }
@@ -293,7 +133,7 @@ static FvStatus keep_out(Pretrain *p, FvError *err) {
         FV_TRY(fv_outdir_clear(p->out, err));
     FV_TRY(fv_remove_temporaries(p->out, err));
     FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
-    char *text = describe(p);
+    char *text = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
     if (!text)
         return FV_FAIL(err, FV_DEVICE, "out of memory");
     FvStatus status = fv_file_write(path, &(FvBytes){text, strlen(text)}, 1, err);
@@ -380,7 +220,7 @@ static FvStatus restore(Pretrain *p, FvError *err) {
 }
 
 static FvStatus create(Pretrain *p, FvError *err) {
-    const PretrainConfig *c = &p->c;
+    const FvPretrainConfig *c = &p->c;
     size_t cores = fv_claim_cores(&p->in->world), threads = p->in->options.threads;
     p->patches = (c->crop_size / c->patch) * (c->crop_size / c->patch);
     p->hidden = (size_t)lround(c->mask_share * (double)p->patches);
@@ -410,7 +250,7 @@ static FvStatus create(Pretrain *p, FvError *err) {
     bool ok = p->clips && p->globals && p->locals && p->masked && p->order_of_patches;
     for (size_t i = 0; i < COLUMN_COUNT; i++)
         ok = (p->column[i] = calloc(c->steps, sizeof(double))) && ok;
-    char *study = describe(p);
+    char *study = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
     if (!ok || !study) {
         free(study);
         return FV_FAIL(err, FV_DEVICE, "out of memory for pretraining");
@@ -430,13 +270,13 @@ static double cosine(const Pretrain *p, double start, double end) {
 }
 
 static double learning_rate(const Pretrain *p) {
-    const PretrainConfig *c = &p->c;
+    const FvPretrainConfig *c = &p->c;
     double warm = (double)(p->step + 1) / (double)(c->warmup_steps + 1);
     return p->step < c->warmup_steps ? c->lr * warm : cosine(p, c->lr, c->lr_end);
 }
 
 static double teacher_temperature(const Pretrain *p) {
-    const PretrainConfig *c = &p->c;
+    const FvPretrainConfig *c = &p->c;
     double part = p->step < c->teacher_warmup ? (double)p->step / (double)c->teacher_warmup : 1;
     return c->teacher_temperature_start +
            part * (c->teacher_temperature - c->teacher_temperature_start);
@@ -452,7 +292,7 @@ static void hide_patches(Pretrain *p, uint64_t key, size_t crop) {
 /* The crops of this rank's images; image i of step s draws from a stream of its own, whatever the
  * number of ranks. */
 static FvStatus draw_crops(Pretrain *p, FvError *err) {
-    const PretrainConfig *c = &p->c;
+    const FvPretrainConfig *c = &p->c;
     size_t images = share(p), first = p->group.rank * images;
     size_t global = c->crop_size * c->crop_size * 3, local = c->local_size * c->local_size * 3;
     const FvCropRecipe large = {c->crop_area, 1, c->jitter, c->grey, c->blur};
@@ -494,7 +334,7 @@ static void record(Pretrain *p, const double *means, double norm, const FvAdamW 
 
 /* One step of student and teacher. */
 static FvStatus train_step(Pretrain *p, bool *stop, FvError *err) {
-    const PretrainConfig *c = &p->c;
+    const FvPretrainConfig *c = &p->c;
     FvDistill *m = p->model;
     FvParams *params = fv_distill_params(m);
     FvDistillMeasures measures;
@@ -584,8 +424,7 @@ static FvStatus train(Pretrain *p, FvError *err) {
     } while (0)
 
 static FvStatus run(Pretrain *p, bool *speaker, bool *abort, FvError *err) {
-    TOGETHER(read_keys(p, err));
-    TOGETHER(check_keys(p, err));
+    TOGETHER(fv_pretrain_read(&p->in->options, p->in->world.size, &p->c, err));
     TOGETHER(fv_group_create(&p->in->world, p->in->world.size, 1, &p->group, err));
     TOGETHER(open_data(p, err));
     TOGETHER(open_out(p, err));
@@ -604,7 +443,9 @@ static FvStatus run(Pretrain *p, bool *speaker, bool *abort, FvError *err) {
 }
 
 FvStatus fv_pretrain(const FvInvocation *in, bool *speaker, bool *abort, FvError *err) {
-    Pretrain p = {.in = in, .lock = -1};
+    const FvOptions *o = &in->options;
+    Pretrain p = {
+        .in = in, .source = o->study, .out = o->out ? o->out : "runs/pretrain", .lock = -1};
     *speaker = in->world.rank == 0;
     *abort = false;
     FvStatus status = run(&p, speaker, abort, err);

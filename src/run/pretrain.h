@@ -10,6 +10,4 @@
  * Collective over the world; *speaker and *abort as for fv_execute. */
 FvStatus fv_pretrain(const FvInvocation *, bool *speaker, bool *abort, FvError *err);
 
-void fv_pretrain_print_help(void);
-
 #endif
