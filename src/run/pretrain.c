@@ -11,6 +11,7 @@
 #include "base/memory.h"
 #include "base/rng.h"
 #include "model/distill.h"
+#include "run/bar.h"
 #include "run/checkpoint.h"
 #include "run/crops.h"
 #include "run/data.h"
@@ -66,7 +67,8 @@ typedef struct Pretrain {
     uint32_t *order_of_patches;   /* [patches] */
     double *column[COLUMN_COUNT]; /* [steps] */
     uint64_t step, first_step;    /* steps done, at the start of this process */
-    double started, last_checkpoint, last_line;
+    double started, last_checkpoint;
+    FvBar bar;
     uint64_t checkpoint_step;
 } Pretrain;
 
@@ -375,25 +377,22 @@ static FvStatus train_step(Pretrain *p, bool *stop, FvError *err) {
 /* --- the whole ------------------------------------------------------------------------------ */
 
 static void tell(Pretrain *p) {
-    const double seconds = 5;
-    if (!is_root(p) || (fv_now() - p->last_line < seconds && p->step < p->c.steps))
-        return;
-    p->last_line = fv_now();
-    double rate = (double)(p->step - p->first_step) / (p->last_line - p->started);
     const double *const *c = (const double *const *)p->column;
     uint64_t last = p->step - 1;
-    fprintf(stderr,
-            "pretrain: step %" PRIu64 "/%zu, loss %.3f (teacher's entropy %.3f), patches %.3f "
-            "(%.3f), %.1f images/s\n",
-            p->step, p->c.steps, c[COLUMN_loss][last], c[COLUMN_teacher_entropy][last],
-            c[COLUMN_patch_loss][last], c[COLUMN_patch_entropy][last], rate * (double)p->c.batch);
+    double rate = (double)(p->step - p->first_step) / (fv_now() - p->started);
+    if (is_root(p))
+        fv_bar_show(&p->bar, p->step, p->c.steps,
+                    "steps, loss %.3f (teacher's entropy %.3f), patches %.3f (%.3f), %.1f images/s",
+                    c[COLUMN_loss][last], c[COLUMN_teacher_entropy][last],
+                    c[COLUMN_patch_loss][last], c[COLUMN_patch_entropy][last],
+                    rate * (double)p->c.batch);
 }
 
 static FvStatus train(Pretrain *p, FvError *err) {
     bool stop = false;
     FV_TRY(restore(p, err));
     p->first_step = p->checkpoint_step = p->step;
-    p->started = p->last_checkpoint = p->last_line = fv_now();
+    p->started = p->last_checkpoint = fv_now();
     while (p->step < p->c.steps && !stop) {
         FV_TRY(train_step(p, &stop, err));
         tell(p);
@@ -430,7 +429,10 @@ static FvStatus run(Pretrain *p, bool *speaker, bool *abort, FvError *err) {
     TOGETHER(open_out(p, err));
     TOGETHER(create(p, err));
     TOGETHER(keep_out(p, err));
+    p->bar = fv_bar_start("pretrain");
     FvStatus status = train(p, err);
+    if (is_root(p))
+        fv_bar_clear(&p->bar);
     *abort = status != FV_OK && status != FV_STOPPED && p->group.size > 1;
     if (*abort) {
         *speaker = true;

@@ -6,7 +6,8 @@
 
 #include "run/execute.h"
 
-/* options.study is DATA: "procedural" or a clips.h5; options.overrides set the keys below.
+/* options.study is DATA: "procedural" or a clips.h5; options.overrides set keys of
+ * pretrain_config.h.
  * Collective over the world; *speaker and *abort as for fv_execute. */
 FvStatus fv_pretrain(const FvInvocation *, bool *speaker, bool *abort, FvError *err);
 
