@@ -569,6 +569,65 @@ static void test_without_masks_there_is_no_patch_loss(void **state) {
     close_pair(&p);
 }
 
+static bool hides(const Pair *p, size_t crop, size_t patch) {
+    size_t patches = fv_distill_patches(&p->c);
+    for (size_t i = 0; i < p->c.masked; i++)
+        if ((size_t)p->masked[crop * p->c.masked + i] == crop * patches + patch)
+            return true;
+    return false;
+}
+
+/* New pixels for a patch of a large crop. */
+static void repaint(Pair *p, size_t crop, size_t patch, uint64_t key) {
+    size_t grid = p->c.size / p->c.patch;
+    size_t row = patch / grid * p->c.patch, column = patch % grid * p->c.patch;
+    uint8_t *pixels = p->globals + crop * crop_bytes(p->c.size);
+    for (size_t y = row; y < row + p->c.patch; y++)
+        fill_bytes(key + y, 3 * p->c.patch, pixels + 3 * (y * p->c.size + column));
+    load(p);
+}
+
+/* Where attention adds nothing a patch's feature is made of its own pixels and place: the teacher's
+ * distributions follow the hidden patches' pixels, the student's their places in the table, and
+ * neither those of other patches. */
+static void test_hidden_patches_are_predicted(void **state) {
+    (void)state;
+    FvDistillConfig c = small();
+    c.locals = 0;
+    Pair p = open_pair(&c, 1);
+    size_t patches = fv_distill_patches(&c), crops = 2 * c.images;
+    for (size_t i = 0; i < p.params->count; i++)
+        if (strstr(p.params->list[i].name, "layer_scale1"))
+            set(&p, &p.params->list[i], (const real[16]){0});
+    forward(&p);
+    for (size_t i = 0; i < crops * patches; i++) {
+        double before = p.m.patch_entropy;
+        repaint(&p, i / patches, i % patches, 100 + i);
+        forward(&p);
+        double moved = fabs(p.m.patch_entropy - before);
+        bool hidden = hides(&p, i / patches, i % patches);
+        REQUIRE(hidden ? moved > 1e-5 : moved <= 16 * FV_EPSILON,
+                "crop %zu, patch %zu, hidden %d: the entropy moves by %g", i / patches, i % patches,
+                hidden, moved);
+    }
+    const FvParam *table = find(&p, "student.embeddings.position_embeddings");
+    real *place = get(&p, table, FV_BLOCK_W);
+    for (size_t n = 0; n < patches; n++) {
+        double before = p.m.patch_loss;
+        bool hidden = false;
+        for (size_t crop = 0; crop < crops; crop++)
+            hidden = hidden || hides(&p, crop, n);
+        place[(1 + n) * c.width] += 1;
+        set(&p, table, place);
+        forward(&p);
+        double moved = fabs(p.m.patch_loss - before);
+        REQUIRE(hidden ? moved > 1e-5 : moved <= 64 * FV_EPSILON,
+                "place %zu, hidden %d: the loss moves by %g", n, hidden, moved);
+    }
+    free(place);
+    close_pair(&p);
+}
+
 /* A teacher without preferences, so that pixels count through the student alone. */
 static void test_the_student_does_not_see_hidden_patches(void **state) {
     (void)state;
@@ -576,16 +635,12 @@ static void test_the_student_does_not_see_hidden_patches(void **state) {
     Pair p = open_pair(&c, 1);
     randomize(&p, find(&p, "teacher.head.prototypes"), c.head_out);
     double before = total_loss(&p);
-    size_t grid = c.size / c.patch, patches = grid * grid;
     for (size_t hidden = 2;
          hidden-- > 0;) { /* first a patch that is hidden, then one that is not */
-        size_t patch = (size_t)p.masked[0];
-        for (size_t i = 0; !hidden && i < c.masked; i++)
-            patch = (size_t)p.masked[i] == patch ? (patch + 1) % patches : patch;
-        size_t row = patch / grid * c.patch, column = patch % grid * c.patch;
-        for (size_t y = row; y < row + c.patch; y++)
-            fill_bytes(y, 3 * c.patch, p.globals + 3 * (y * c.size + column));
-        load(&p);
+        size_t patch = 0;
+        while (hides(&p, 0, patch) != (hidden == 1))
+            patch++;
+        repaint(&p, 0, patch, 1);
         double after = total_loss(&p);
         double moved = fabs(after - before); /* the teacher's rounding, or 16 pixels' effect */
         REQUIRE(hidden ? moved <= 16 * FV_EPSILON * before : moved > 1e-4, "loss %.17g after %.17g",
@@ -732,6 +787,7 @@ int main(void) {
         cmocka_unit_test(test_distributions_follow_their_definition),
         cmocka_unit_test(test_all_pairs_of_an_image_count_alike),
         cmocka_unit_test(test_without_masks_there_is_no_patch_loss),
+        cmocka_unit_test(test_hidden_patches_are_predicted),
         cmocka_unit_test(test_the_student_does_not_see_hidden_patches),
         cmocka_unit_test(test_the_teacher_starts_as_the_student),
         cmocka_unit_test(test_the_teacher_follows_and_nothing_else_moves_it),
