@@ -403,11 +403,11 @@ static FvStatus note_file(Session *s, const char *path, FvError *err) {
     return status;
 }
 
-/* All files that experiments start from, each named once, and their sums. */
+/* All files that experiments start from, each named once, and their sums: rank 0 records them. */
 static FvStatus note_weights(Session *s, FvError *err) {
     s->weights = calloc(1, 1);
     s->weights_sha256 = calloc(1, 1);
-    for (size_t e = 0; e < s->study.experiment_count; e++) {
+    for (size_t e = 0; s->in->world.rank == 0 && e < s->study.experiment_count; e++) {
         char paths[3][FV_TEXT];
         FV_TRY(list_weights(&s->study.experiments[e].config, paths, err));
         for (size_t i = 0; i < 3; i++)
