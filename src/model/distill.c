@@ -100,7 +100,7 @@ static FvStatus check(const FvDistillConfig *c, FvError *err) {
         return FV_FAIL(err, FV_USAGE,
                        "%zu of %zu patches hidden: some must be seen; lower mask_share", c->masked,
                        fv_distill_patches(c));
-    if (c->patch > c->local_size || c->patch > c->size)
+    if ((c->locals && c->patch > c->local_size) || c->patch > c->size)
         return FV_FAIL(err, FV_USAGE, "patch %zu: does not fit into crops of %zu and %zu pixels",
                        c->patch, c->size, c->local_size);
     return FV_OK;

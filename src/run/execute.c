@@ -369,12 +369,12 @@ static FvStatus list_weights(const FvConfig *c, char paths[3][FV_TEXT], FvError 
 
 /* Adds a line; a text that is NULL has run out of memory. */
 static void add_line(char **text, const char *line) {
-    size_t used = *text ? strlen(*text) : 0;
-    char *longer = *text ? realloc(*text, used + strlen(line) + 2) : NULL;
+    size_t used = *text ? strlen(*text) : 0, room = used + strlen(line) + 2;
+    char *longer = *text ? realloc(*text, room) : NULL;
     if (!longer)
         free(*text);
     else
-        sprintf(longer + used, "%s%s", used ? "\n" : "", line);
+        snprintf(longer + used, room - used, "%s%s", used ? "\n" : "", line);
     *text = longer;
 }
 
