@@ -14,12 +14,12 @@ typedef struct HeadWeights {
     FvWeight w[HEAD_LAYERS], b[HEAD_LAYERS], prototypes; /* prototypes count by direction alone */
 } HeadWeights;
 
-/* One use of a head over `rows` CLS features: layers of GELU, a unit vector, its products with the
- * unit prototypes. */
+/* One use of a head over `rows` features, of CLS tokens and then of hidden patches: layers of GELU,
+ * a unit vector, its products with the unit prototypes. */
 typedef struct Head {
     const HeadWeights *w;
     size_t rows;
-    real *cls;                                            /* [rows, D] */
+    real *features;                                       /* [rows, D] */
     real *in[HEAD_LAYERS], *act[HEAD_LAYERS - 1];         /* before and after GELU */
     real *unit, *norm, *unit_prototypes, *prototype_norm; /* [rows, out], [prototypes, out] */
     real *logits, *probs;                                 /* [rows, prototypes] */
@@ -27,10 +27,10 @@ typedef struct Head {
 
 /* Row numbers on the backend. */
 typedef struct Rows {
-    int32_t *cls, *local_cls,
-        *after_globals;      /* CLS rows of the features, rows of the local crops */
-    int32_t *other;          /* [2 I]: the same image in the other large crop */
-    int32_t *first, *second; /* [locals I]: the image in either large crop */
+    int32_t *cls, *local_cls; /* CLS rows of the large and of the small crops' features */
+    int32_t *after_globals;   /* [locals I]: the small crops' rows in the head */
+    int32_t *other;           /* [2 I]: the same image in the other large crop */
+    int32_t *first, *second;  /* [locals I]: the image in either large crop */
     /* [2 I masked], hidden patches: their rows in the embeddings and in the features; zeros */
     int32_t *patches, *patch_features, *zeros;
 } Rows;
@@ -60,21 +60,21 @@ struct FvDistill {
 };
 
 static size_t global_count(const FvDistill *d) {
-    return FV_GLOBAL_CROPS * d->c.images;
+    return fv_mul(FV_GLOBAL_CROPS, d->c.images);
 }
 static size_t local_count(const FvDistill *d) {
-    return d->c.locals * d->c.images;
+    return fv_mul(d->c.locals, d->c.images);
 }
 static size_t crop_count(const FvDistill *d) {
-    return global_count(d) + local_count(d);
+    return fv_add(global_count(d), local_count(d));
 }
 /* hidden patches of all large crops */
 static size_t hidden_count(const FvDistill *d) {
-    return global_count(d) * d->c.masked;
+    return fv_mul(global_count(d), d->c.masked);
 }
 /* the student's head: crops, then hidden patches */
 static size_t row_count(const FvDistill *d) {
-    return crop_count(d) + hidden_count(d);
+    return fv_add(crop_count(d), hidden_count(d));
 }
 /* pairs of a student's crop and a teacher's crop of the same image that are not the same crop */
 static double pair_count(const FvDistill *d) {
@@ -103,6 +103,11 @@ static FvStatus check(const FvDistillConfig *c, FvError *err) {
     if ((c->locals && c->patch > c->local_size) || c->patch > c->size)
         return FV_FAIL(err, FV_USAGE, "patch %zu: does not fit into crops of %zu and %zu pixels",
                        c->patch, c->size, c->local_size);
+    /* rows are counted in 32 bits */
+    size_t tokens = fv_mul4(FV_GLOBAL_CROPS + c->locals, c->images, c->size / c->patch + 1,
+                            c->size / c->patch + 1);
+    if (tokens > INT32_MAX)
+        return FV_FAIL(err, FV_USAGE, "%zu images per step are too many: lower batch", c->images);
     return FV_OK;
 }
 
@@ -135,7 +140,7 @@ static void declare(FvDistill *d) {
 }
 
 static void carve_head(const FvDistillConfig *c, Head *h, FvArena *arena) {
-    h->cls = fv_take(arena, fv_mul(h->rows, c->width));
+    h->features = fv_take(arena, fv_mul(h->rows, c->width));
     for (size_t i = 0; i < HEAD_LAYERS; i++) {
         h->in[i] =
             fv_take(arena, fv_mul(h->rows, i + 1 < HEAD_LAYERS ? c->head_width : c->head_out));
@@ -345,7 +350,7 @@ static void head_forward(FvDistill *d, Head *h) {
     const FvDistillConfig *c = &d->c;
     const HeadWeights *w = h->w;
     size_t n = h->rows, wide = c->head_width, out = c->head_out;
-    ops->linear(d->be, n, c->width, wide, h->cls, w->w[0].w, w->b[0].w, h->in[0]);
+    ops->linear(d->be, n, c->width, wide, h->features, w->w[0].w, w->b[0].w, h->in[0]);
     ops->gelu(d->be, n * wide, h->in[0], h->act[0]);
     ops->linear(d->be, n, wide, wide, h->act[0], w->w[1].w, w->b[1].w, h->in[1]);
     ops->gelu(d->be, n * wide, h->in[1], h->act[1]);
@@ -362,9 +367,9 @@ static void teach(FvDistill *d, double temperature) {
     size_t crops = global_count(d), hidden = hidden_count(d), k = d->c.prototypes;
     size_t w = d->c.width;
     fv_encoder_forward(&d->taught, d->be, d->global_pixels);
-    ops->copy_rows(d->be, crops, w, d->taught.features, d->rows.cls, h->cls, NULL, false);
-    ops->copy_rows(d->be, hidden, w, d->taught.features, d->rows.patch_features, h->cls + crops * w,
-                   NULL, false);
+    ops->copy_rows(d->be, crops, w, d->taught.features, d->rows.cls, h->features, NULL, false);
+    ops->copy_rows(d->be, hidden, w, d->taught.features, d->rows.patch_features,
+                   h->features + crops * w, NULL, false);
     head_forward(d, h);
     real *patch_logits = h->logits + crops * k;
     ops->softmax(d->be, crops, k, temperature, h->logits, d->center.w, h->probs);
@@ -379,21 +384,22 @@ static void teach(FvDistill *d, double temperature) {
                      d->batch_center + k, NULL);
 }
 
-static void study(FvDistill *d) {
+static void learn(FvDistill *d) {
     const FvOps *ops = d->be->ops;
     Head *h = &d->head;
     size_t w = d->c.width, locals = local_count(d);
     fv_encoder_forward(&d->global, d->be, d->global_pixels);
-    ops->copy_rows(d->be, global_count(d), w, d->global.features, d->rows.cls, h->cls, NULL, false);
+    ops->copy_rows(d->be, global_count(d), w, d->global.features, d->rows.cls, h->features, NULL,
+                   false);
     ops->copy_rows(d->be, hidden_count(d), w, d->global.features, d->rows.patch_features,
-                   h->cls + crop_count(d) * w, NULL, false);
+                   h->features + crop_count(d) * w, NULL, false);
     if (locals) {
         size_t from = fv_vit_tokens(&d->global.v), to = fv_vit_tokens(&d->local.v);
         /* pos = resize * table: the data gradient of a linear layer with weights `table` */
         ops->linear_back(d->be, to, w, from, NULL, d->student.pos.w, d->resize, d->local_pos, false,
                          NULL, NULL);
         fv_encoder_forward(&d->local, d->be, d->local_pixels);
-        ops->copy_rows(d->be, locals, w, d->local.features, d->rows.local_cls, h->cls,
+        ops->copy_rows(d->be, locals, w, d->local.features, d->rows.local_cls, h->features,
                        d->rows.after_globals, false);
     }
     head_forward(d, h);
@@ -412,7 +418,7 @@ static void set_targets(FvDistill *d) {
 
 void fv_distill_forward(FvDistill *d, double teacher_temperature, double student_temperature) {
     teach(d, teacher_temperature);
-    study(d);
+    learn(d);
     set_targets(d);
     d->student_temperature = student_temperature;
     const FvOps *ops = d->be->ops;
@@ -445,8 +451,8 @@ static void head_backward(FvDistill *d, bool still) {
     ops->linear_back(d->be, n, wide, wide, h->act[0], w->w[1].w, d->db, d->da, false, w->w[1].g,
                      w->b[1].g);
     ops->gelu_back(d->be, n * wide, h->in[0], d->da, d->da);
-    ops->linear_back(d->be, n, c->width, wide, h->cls, w->w[0].w, d->da, d->dcls, false, w->w[0].g,
-                     w->b[0].g);
+    ops->linear_back(d->be, n, c->width, wide, h->features, w->w[0].w, d->da, d->dcls, false,
+                     w->w[0].g, w->b[0].g);
 }
 
 void fv_distill_backward(FvDistill *d, bool still) {

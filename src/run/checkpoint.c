@@ -21,6 +21,7 @@ struct FvCheckpointer {
     real *state;       /* host copy of one block element after the other, in tensor order */
     FvTensor *tensors; /* weights, then moments of what is trained, then the caller's */
     char (*names)[STATE_NAME];
+    uint64_t previous;           /* step of the checkpoint loaded or saved last; 0: none */
     size_t weights, count, more; /* tensors: weights only, with moments; the caller's at most */
 };
 
@@ -134,15 +135,16 @@ static void free_names(struct dirent **names, int count) {
     free(names);
 }
 
-static FvStatus remove_old(const FvCheckpointer *c, FvError *err) {
+/* All but this one and the one before it: what is older, and what was found damaged. */
+static FvStatus remove_others(const FvCheckpointer *c, uint64_t newest, FvError *err) {
     struct dirent **names = NULL;
     int count = scandir(c->folder, &names, is_checkpoint, alphasort);
     if (count < 0)
         return FV_FAIL(err, FV_IO, "%s: cannot be listed: %s", c->folder, strerror(errno));
-    for (int i = 0; i + 2 < count; i++) {
+    for (int i = 0; i < count; i++) {
         char path[FV_PATH];
         uint64_t step = 0;
-        if (step_of(names[i]->d_name, &step)) {
+        if (step_of(names[i]->d_name, &step) && step != newest && step != c->previous) {
             checkpoint_path(c, step, path);
             unlink(path); /* one too many does no harm */
         }
@@ -165,7 +167,9 @@ FvStatus fv_checkpoint_save(FvCheckpointer *c, const FvTensor *more, size_t more
     *bytes = 0;
     for (size_t i = 0; i < count; i++)
         *bytes += fv_tensor_bytes(&c->tensors[i]);
-    return remove_old(c, err);
+    FV_TRY(remove_others(c, step, err));
+    c->previous = step;
+    return FV_OK;
 }
 
 FvStatus fv_checkpoint_save_model(FvCheckpointer *c, FvError *err) {
@@ -222,23 +226,23 @@ FvStatus fv_checkpoint_load(FvCheckpointer *c, FvCheckpointReader *read, void *c
     if (count < 0)
         return FV_FAIL(err, FV_IO, "%s: cannot be listed: %s", c->folder, strerror(errno));
     FvStatus status = FV_OK;
+    FvError why = {0};
     for (int i = count; i-- > 0 && *step == 0;) {
         char path[FV_PATH];
         uint64_t found = 0;
-        FvError why;
         if (!step_of(names[i]->d_name, &found))
             continue;
         checkpoint_path(c, found, path);
         status = load_one(c, path, found, read, context, &why);
         if (status == FV_OK)
-            *step = found;
-        else if (status == FV_DATA)
-            snprintf(note, note_size, "passed over: %.*s", (int)note_size - 16, why.text);
-        else
+            *step = c->previous = found;
+        else if (status != FV_DATA)
             break;
+        else if (!note[0])
+            snprintf(note, note_size, "passed over: %.*s", (int)note_size - 16, why.text);
     }
     free_names(names, count);
     if (status != FV_OK && status != FV_DATA)
-        return FV_FAIL(err, status, "%s: checkpoint cannot be read", c->folder);
+        return FV_FAIL(err, status, "%s", why.text);
     return FV_OK;
 }

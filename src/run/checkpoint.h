@@ -19,8 +19,8 @@ void fv_checkpointer_destroy(FvCheckpointer *);
 /* Host memory that one needs, for --dry-run. */
 size_t fv_checkpointer_bytes(size_t parameters, size_t trained);
 
-/* Writes checkpoint-STEP.safetensors, with `count` tensors of the caller's, and removes all but the
- * last two; *bytes is its size. */
+/* Writes checkpoint-STEP.safetensors, with `count` tensors of the caller's, and removes all but
+ * this one and the one loaded or saved before; *bytes is its size. */
 FvStatus fv_checkpoint_save(FvCheckpointer *, const FvTensor *more, size_t count, uint64_t step,
                             size_t *bytes, FvError *err);
 
@@ -28,7 +28,7 @@ FvStatus fv_checkpoint_save(FvCheckpointer *, const FvTensor *more, size_t count
 typedef FvStatus FvCheckpointReader(void *context, const FvTensorFile *, uint64_t step, FvError *);
 
 /* Loads the newest whole checkpoint into the parameters, and hands it to `read`; *step is 0 when
- * there is none. What was passed over, and why, is told in note ("" when nothing was). */
+ * there is none. The newest that was passed over, and why, is told in note ("" when none was). */
 FvStatus fv_checkpoint_load(FvCheckpointer *, FvCheckpointReader *read, void *context,
                             uint64_t *step, char *note, size_t note_size, FvError *err);
 

@@ -23,6 +23,7 @@ enum {
 struct FvData {
     FvDataInfo info;
     bool procedural, captions;
+    bool training_only; /* held-out clips are not needed */
     uint64_t seed;
     FvClipFile file;               /* the file source */
     size_t clips;                  /* of both splits */
@@ -273,7 +274,7 @@ static FvStatus number_clips(FvData *d, size_t batch, FvError *err) {
         return FV_FAIL(err, FV_DEVICE, "%s: out of memory for %zu clips", d->info.source, d->clips);
     d->number[FV_TRAIN] = number; /* the block behind both */
     FV_TRY(status);
-    for (int s = FV_TRAIN; s <= FV_HELD_OUT; s++)
+    for (int s = FV_TRAIN; s <= (d->training_only ? FV_TRAIN : FV_HELD_OUT); s++)
         if (d->info.count[s] == 0)
             return FV_FAIL(err, FV_DATA,
                            "%s: no %s clips (/split is nowhere %d): prepare the file "
@@ -385,11 +386,12 @@ static FvData *create(void) {
     return d;
 }
 
-FvStatus fv_data_open(const FvConfig *config, FvData **out, FvError *err) {
+static FvStatus open_data(const FvConfig *config, bool training_only, FvData **out, FvError *err) {
     *out = NULL;
     FvData *d = create();
     if (!d)
         return FV_FAIL(err, FV_DEVICE, "out of memory");
+    d->training_only = training_only;
     FvStatus status = describe(d, config, err);
     if (status == FV_OK)
         status = fill(d, config, err);
@@ -399,6 +401,14 @@ FvStatus fv_data_open(const FvConfig *config, FvData **out, FvError *err) {
     }
     *out = d;
     return FV_OK;
+}
+
+FvStatus fv_data_open(const FvConfig *config, FvData **out, FvError *err) {
+    return open_data(config, false, out, err);
+}
+
+FvStatus fv_data_open_training(const FvConfig *config, FvData **out, FvError *err) {
+    return open_data(config, true, out, err);
 }
 
 void fv_data_close(FvData *d) {

@@ -10,15 +10,14 @@
 #include "run/evaluate.h"
 #include "run/files.h"
 #include "run/hdf5_lock.h"
-#include "run/model_folder.h"
 #include "run/outdir.h"
 #include "run/plan.h"
 #include "run/processor.h"
 #include "run/ranking.h"
-#include "run/safetensors.h"
 #include "run/sha256.h"
 #include "run/train.h"
 #include "run/weights.h"
+#include "run/weights_record.h"
 
 /* Everything one rank holds during a study. */
 typedef struct Session {
@@ -35,8 +34,8 @@ typedef struct Session {
     const char **name_list;
     char *hosts;
     char libraries[512], start[32];
-    char *weights, *weights_sha256; /* files of start values and their sums, one a line */
-    size_t memory_before;           /* bytes held before the study's own */
+    FvWeightsRecord weights;
+    size_t memory_before; /* bytes held before the study's own */
     FvGroup group;
     FvDisplay *display;
     FvCoordinator *coordinator;
@@ -151,11 +150,7 @@ static FvStatus check_experiment(const Session *s, size_t e, const FvDataInfo *d
         return FV_FAIL(err, FV_DATA, "%s: has no /tokens, and %s has text: captions; use text=none",
                        c->data, s->study.experiments[e].name);
     FV_TRY(fv_plan_job(c, s->in->options.ranks_per_experiment, data, &plan, err));
-    FvParams params;
-    FV_TRY(fv_model_declare(&plan.model, &params, err));
-    FvStatus status = fv_weights_check(c, &params, err);
-    fv_params_free(&params);
-    return status;
+    return fv_weights_check_model(c, &plan.model, err);
 }
 
 static FvStatus open_data(Session *s, FvError *err) {
@@ -245,6 +240,28 @@ static FvStatus tell_ranks(Session *s, FvError *err) {
     return FV_OK;
 }
 
+/* What experiment e starts from, unless an earlier one does so too. */
+static void tell_start(Session *s, size_t e) {
+    const FvConfig *c = &s->study.experiments[e].config;
+    bool told[3] = {false};
+    for (size_t f = 0; f < e; f++) {
+        const FvConfig *other = &s->study.experiments[f].config;
+        told[0] = told[0] || strcmp(c->dino_from, other->dino_from) == 0;
+        told[1] = told[1] || strcmp(c->lm_from, other->lm_from) == 0;
+        told[2] = told[2] || strcmp(c->init_from, other->init_from) == 0;
+    }
+    if (!told[0] && strcmp(c->dino_from, "none") != 0)
+        fv_display_log(s->display, "encoder: starts from %s", c->dino_from);
+    else if (!told[0] && !c->init_from[0])
+        fv_display_log(s->display,
+                       "the encoder starts untrained (dino_from: none): what freeze_dino "
+                       "preserves here is a random encoder, not a pretrained one");
+    if (!told[1] && strcmp(c->lm_from, "none") != 0)
+        fv_display_log(s->display, "language model: starts from %s", c->lm_from);
+    if (!told[2] && c->init_from[0])
+        fv_display_log(s->display, "parameters: start from %s", c->init_from);
+}
+
 static void tell_study(Session *s) {
     const FvConfig *c = &s->study.experiments[0].config;
     fv_display_log(s->display,
@@ -254,14 +271,8 @@ static void tell_study(Session *s) {
     fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
                    s->info[0]->source, s->info[0]->count[FV_TRAIN], s->info[0]->count[FV_HELD_OUT],
                    s->info[0]->latents);
-    if (strcmp(c->dino_from, "none") != 0)
-        fv_display_log(s->display, "encoder: starts from %s", c->dino_from);
-    else if (!c->init_from[0])
-        fv_display_log(s->display,
-                       "the encoder starts untrained (dino_from: none): what freeze_dino "
-                       "preserves here is a random encoder, not a pretrained one");
-    if (strcmp(c->lm_from, "none") != 0)
-        fv_display_log(s->display, "language model: starts from %s", c->lm_from);
+    for (size_t e = 0; e < s->study.experiment_count; e++)
+        tell_start(s, e);
     fv_display_log(s->display, "results: %s/results.h5", s->out);
 }
 
@@ -355,69 +366,6 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
     return status;
 }
 
-/* What an experiment starts from: safetensors files or indices; "" for none. */
-static FvStatus list_weights(const FvConfig *c, char paths[3][FV_TEXT], FvError *err) {
-    const char *const models[] = {c->dino_from, c->lm_from};
-    char config[FV_TEXT];
-    memset(paths, 0, 3 * FV_TEXT);
-    for (size_t i = 0; i < 2; i++)
-        if (strcmp(models[i], "none") != 0)
-            FV_TRY(fv_folder_find(models[i], paths[i], config, err));
-    memcpy(paths[2], c->init_from, FV_TEXT);
-    return FV_OK;
-}
-
-/* Adds a line; a text that is NULL has run out of memory. */
-static void add_line(char **text, const char *line) {
-    size_t used = *text ? strlen(*text) : 0, room = used + strlen(line) + 2;
-    char *longer = *text ? realloc(*text, room) : NULL;
-    if (!longer)
-        free(*text);
-    else
-        snprintf(longer + used, room - used, "%s%s", used ? "\n" : "", line);
-    *text = longer;
-}
-
-static bool has_line(const char *text, const char *line) {
-    size_t n = strlen(line);
-    for (const char *at = text; at && (at = strstr(at, line)); at += n)
-        if ((at == text || at[-1] == '\n') && (at[n] == '\n' || at[n] == '\0'))
-            return true;
-    return false;
-}
-
-/* Path and sum of a file, or of an index and its shards, unless they are there already. */
-static FvStatus note_file(Session *s, const char *path, FvError *err) {
-    FvTensorFile *file;
-    char sum[FV_SHA256_TEXT];
-    FvStatus status = FV_OK;
-    if (!path[0] || has_line(s->weights, path))
-        return FV_OK;
-    FV_TRY(fv_tensors_open(path, &file, err));
-    for (size_t i = 0; status == FV_OK && i < fv_tensors_files(file); i++) {
-        status = fv_sha256_file(fv_tensors_file(file, i), sum, err);
-        add_line(&s->weights, fv_tensors_file(file, i));
-        add_line(&s->weights_sha256, sum);
-    }
-    fv_tensors_close(file);
-    return status;
-}
-
-/* All files that experiments start from, each named once, and their sums: rank 0 records them. */
-static FvStatus note_weights(Session *s, FvError *err) {
-    s->weights = calloc(1, 1);
-    s->weights_sha256 = calloc(1, 1);
-    for (size_t e = 0; s->in->world.rank == 0 && e < s->study.experiment_count; e++) {
-        char paths[3][FV_TEXT];
-        FV_TRY(list_weights(&s->study.experiments[e].config, paths, err));
-        for (size_t i = 0; i < 3; i++)
-            FV_TRY(note_file(s, paths[i], err));
-    }
-    return s->weights && s->weights_sha256
-               ? FV_OK
-               : FV_FAIL(err, FV_DEVICE, "out of memory for the list of weights files");
-}
-
 static FvStatus start_coordinator(Session *s, FvError *err) {
     FvCoordinatorConfig config = {
         .world = &s->in->world,
@@ -432,8 +380,8 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
                        .hosts = s->hosts,
                        .start_time = s->start,
                        .end_time = "",
-                       .weights = s->weights,
-                       .weights_sha256 = s->weights_sha256,
+                       .weights = s->weights.paths,
+                       .weights_sha256 = s->weights.sums,
                        .libraries = s->libraries},
         .data = s->info,
         .map_pixels = (const uint8_t *const *)s->map_pixels,
@@ -451,7 +399,10 @@ static FvStatus keep_out(Session *s, FvError *err) {
     char path[FV_PATH];
     if (s->in->world.rank != 0)
         return FV_OK;
+    if (!s->in->options.fresh)
+        FV_TRY(fv_weights_record_check(&s->weights, s->out, err));
     FV_TRY(fv_outdir_keep(s->out, &s->study, s->in->options.fresh, err));
+    FV_TRY(fv_weights_record_keep(&s->weights, s->out, err));
     FV_TRY(fv_path(err, path, sizeof path, "%s/log.txt", s->out));
     return fv_display_create(path, s->name_list, job_count(s),
                              fv_display_is_live(s->in->world.by_mpirun), &s->display, err);
@@ -485,17 +436,23 @@ static FvStatus list_jobs(const Session *s) {
 static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err) {
     const FvOptions *o = &s->in->options;
     const FvWorld *w = &s->in->world;
+    FvStatus made = FV_OK;
     s->memory_before = fv_memory_use().now;
     TOGETHER(read_study(s, err));
     size_t cores = fv_claim_cores(w);
     s->threads = o->threads ? o->threads : cores;
-    if (o->list || o->dry_run)
-        return w->rank != 0 ? FV_OK
-               : o->list    ? list_jobs(s)
-                            : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
+    if (o->list || o->dry_run) {
+        if (w->rank == 0)
+            made = o->list ? list_jobs(s)
+                           : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
+        TOGETHER(made);
+        return FV_OK;
+    }
     TOGETHER(open_out(s, err));
     TOGETHER(open_data(s, err));
-    TOGETHER(note_weights(s, err));
+    if (w->rank == 0) /* who records them */
+        made = fv_weights_record_make(&s->study, &s->weights, err);
+    TOGETHER(made);
     TOGETHER(keep_out(s, err));
     note_versions(s);
     TOGETHER(fv_group_create(w, o->ranks_per_experiment, o->jobs_per_rank, &s->group, err));
@@ -542,8 +499,7 @@ FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError 
     close_data(&s);
     fv_outdir_close(s.lock);
     free(s.hosts);
-    free(s.weights);
-    free(s.weights_sha256);
+    fv_weights_record_free(&s.weights);
     free(s.names);
     free(s.name_list);
     free(s.wanted);

@@ -3,9 +3,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "model/model.h"
 #include "run/config.h"
+#include "run/model_folder.h"
 #include "run/safetensors.h"
 #include "run/weights.h"
 
@@ -31,9 +33,12 @@ static void print_file(const FvTensorFile *file) {
     printf("%zu parameters in %zu tensors, %zu bytes\n", parameters, fv_tensors_count(file), bytes);
 }
 
+/* path: a file, or a folder that holds one */
 static FvStatus info_file(const char *path, FvError *err) {
+    char weights[FV_TEXT], config[FV_TEXT];
     FvTensorFile *file;
-    FV_TRY(fv_tensors_open(path, &file, err));
+    FV_TRY(fv_folder_find(path, weights, config, err));
+    FV_TRY(fv_tensors_open(weights, &file, err));
     print_file(file);
     fv_tensors_close(file);
     return FV_OK;
@@ -105,18 +110,22 @@ FvStatus fv_info(int argc, char **argv, FvError *err) {
         else
             named = 3;
     }
-    FvStatus status;
-    if (named < 1 || named > 2) {
-        status = FV_FAIL(err, FV_USAGE,
-                         "usage: fovea info STUDY.yaml [FILE.safetensors] [key=value ...], or "
-                         "fovea info FILE.safetensors");
-    } else if (fv_tensors_recognise(files[0])) {
-        status = named == 1 && count == 0
-                     ? info_file(files[0], err)
-                     : FV_FAIL(err, FV_USAGE,
-                               "%s: is a safetensors file; a study comes before it: "
-                               "fovea info STUDY.yaml %s",
-                               files[0], files[0]);
+    static const char usage[] =
+        "usage: fovea info STUDY.yaml [FILE|FOLDER] [key=value ...], or fovea "
+        "info FILE|FOLDER";
+    FvStatus status = FV_OK;
+    struct stat what;
+    bool folder = named > 0 && stat(files[0], &what) == 0 && S_ISDIR(what.st_mode);
+    if (named == 1 && strcmp(files[0], "--help") == 0) {
+        puts(usage);
+    } else if (named < 1 || named > 2) {
+        status = FV_FAIL(err, FV_USAGE, "%s", usage);
+    } else if (folder || fv_tensors_recognise(files[0])) {
+        status = named == 1 && count == 0 ? info_file(files[0], err)
+                                          : FV_FAIL(err, FV_USAGE,
+                                                    "%s: holds weights; a study comes before them: "
+                                                    "fovea info STUDY.yaml %s",
+                                                    files[0], files[0]);
     } else {
         status = info_study(files[0], files[1], overrides, count, err);
         if (status == FV_USAGE && named == 1 && !named_as_study(files[0])) {

@@ -30,15 +30,19 @@ FvStatus fv_outdir_lock(const char *out, int *lock, FvError *err) {
                    out);
 }
 
-/* Our own files only: a folder may hold notes and figures of its owner's. */
-static bool ours(const char *name) {
-    return strncmp(name, "checkpoint-", 11) == 0 || strncmp(name, "history.safetensors", 19) == 0 ||
-           strncmp(name, "model.safetensors", 17) == 0 || strncmp(name, "results.h5", 10) == 0 ||
-           strncmp(name, "study.yaml", 10) == 0 || strncmp(name, "pretrain.", 9) == 0 ||
-           strcmp(name, "log.txt") == 0;
+/* What a study writes into its folders, by how the names begin. */
+static const char *const ours[] = {
+    "checkpoint-", "history.safetensors", "model.safetensors", "results.h5",
+    "study.yaml",  "weights.sha256",      "log.txt",           NULL};
+
+static bool begins_with_one(const char *name, const char *const *names) {
+    for (; *names; names++)
+        if (strncmp(name, *names, strlen(*names)) == 0)
+            return true;
+    return false;
 }
 
-FvStatus fv_outdir_clear(const char *folder, FvError *err) {
+FvStatus fv_outdir_clear(const char *folder, const char *const *names, FvError *err) {
     DIR *dir = opendir(folder);
     FvStatus status = FV_OK;
     if (!dir)
@@ -47,7 +51,7 @@ FvStatus fv_outdir_clear(const char *folder, FvError *err) {
                    : FV_FAIL(err, FV_IO, "%s: cannot be listed: %s", folder, strerror(errno));
     for (struct dirent *entry; status == FV_OK && (entry = readdir(dir)) != NULL;) {
         char path[FV_PATH];
-        if (!ours(entry->d_name))
+        if (!begins_with_one(entry->d_name, names))
             continue;
         status = fv_path(err, path, sizeof path, "%s/%s", folder, entry->d_name);
         if (status == FV_OK && unlink(path) != 0 && errno != ENOENT)
@@ -61,9 +65,16 @@ static FvStatus start_over(const char *out, const FvStudy *study, FvError *err) 
     for (size_t j = 0; j < study->experiment_count * study->seed_count; j++) {
         char folder[FV_PATH];
         fv_job_folder(out, study, j, folder, sizeof folder);
-        FV_TRY(fv_outdir_clear(folder, err));
+        FV_TRY(fv_outdir_clear(folder, ours, err));
     }
-    return fv_outdir_clear(out, err);
+    return fv_outdir_clear(out, ours, err);
+}
+
+bool fv_outdir_has(const char *out, const char *name) {
+    char path[FV_PATH];
+    FvError ignored;
+    return fv_path(&ignored, path, sizeof path, "%s/%s", out, name) == FV_OK &&
+           access(path, F_OK) == 0;
 }
 
 FvStatus fv_outdir_open(const char *out, const FvStudy *study, bool fresh, int *lock,
@@ -72,6 +83,8 @@ FvStatus fv_outdir_open(const char *out, const FvStudy *study, bool fresh, int *
     *lock = -1;
     FV_TRY(fv_make_folder(out, err));
     FV_TRY(fv_outdir_lock(out, lock, err));
+    if (fv_outdir_has(out, "pretrain.yaml"))
+        return FV_FAIL(err, FV_USAGE, "%s: holds a pretrained encoder; choose another --out", out);
     FV_TRY(fv_path(err, path, sizeof path, "%s/study.yaml", out));
     return fresh || access(path, F_OK) != 0 ? FV_OK : fv_study_same(path, study, err);
 }

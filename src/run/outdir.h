@@ -7,8 +7,11 @@
 /* Takes the lock of a folder; FV_IO when another fovea holds it. For fv_outdir_close. */
 FvStatus fv_outdir_lock(const char *out, int *lock, FvError *err);
 
-/* Removes the files that fovea writes into a folder. */
-FvStatus fv_outdir_clear(const char *folder, FvError *err);
+/* Removes the files of a folder whose names begin with one of `names`, ended by NULL: a folder may
+ * hold notes and figures of its owner's. */
+FvStatus fv_outdir_clear(const char *folder, const char *const *names, FvError *err);
+
+bool fv_outdir_has(const char *out, const char *name);
 
 /* Makes OUT, takes its lock (FV_IO when another fovea holds it) and, unless `fresh`, refuses
  * (FV_USAGE) a study other than the one kept in OUT/study.yaml. Changes nothing that is there.

@@ -10,6 +10,7 @@
 #include "run/checkpoint.h"
 #include "run/history.h"
 #include "run/train.h"
+#include "run/weights.h"
 
 FvStatus fv_plan_job(const FvConfig *config, size_t ranks, const FvDataInfo *data, FvJobPlan *p,
                      FvError *err) {
@@ -146,6 +147,7 @@ FvStatus fv_plan_print(const FvStudy *study, const FvWorld *world, const FvOptio
         FvJobPlan p;
         double seconds = 0;
         FV_TRY(fv_plan_job(c, o->ranks_per_experiment, NULL, &p, err));
+        FV_TRY(fv_weights_check_model(c, &p.model, err));
         size_t bytes = fv_plan_bytes(&p);
         bool fits = bytes < free_memory() / 2;
         if (fits)

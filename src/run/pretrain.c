@@ -100,7 +100,7 @@ static FvStatus open_data(Pretrain *p, FvError *err) {
         d.image_size = file.size;
         fv_clipfile_close(&file);
     }
-    FV_TRY(fv_data_open(&d, &p->data, err));
+    FV_TRY(fv_data_open_training(&d, &p->data, err));
     const FvDataInfo *info = fv_data_info(p->data);
     p->frames = info->frames;
     p->frame_size = info->size;
@@ -110,14 +110,25 @@ static FvStatus open_data(Pretrain *p, FvError *err) {
 
 /* --- OUT ------------------------------------------------------------------------------------ */
 
+/* What pretraining writes into OUT, by how the names begin. */
+static const char *const ours[] = {"checkpoint-", "model.safetensors", "config.json", "pretrain.",
+                                   NULL};
+
 static FvStatus open_out(Pretrain *p, FvError *err) {
     char path[FV_PATH];
     if (!is_root(p))
         return FV_OK;
     FV_TRY(fv_make_folder(p->out, err));
     FV_TRY(fv_outdir_lock(p->out, &p->lock, err));
+    bool begun = fv_outdir_has(p->out, "pretrain.yaml");
+    if (fv_outdir_has(p->out, "study.yaml") ||
+        (!begun &&
+         (fv_outdir_has(p->out, "model.safetensors") || fv_outdir_has(p->out, "config.json"))))
+        return FV_FAIL(err, FV_USAGE,
+                       "%s: holds %s that pretrain has not made; choose another --out", p->out,
+                       fv_outdir_has(p->out, "study.yaml") ? "a study" : "a model");
     FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
-    if (p->in->options.fresh || access(path, F_OK) != 0)
+    if (p->in->options.fresh || !begun)
         return FV_OK;
     char *text = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
     FvStatus status =
@@ -132,7 +143,7 @@ static FvStatus keep_out(Pretrain *p, FvError *err) {
     if (!is_root(p))
         return FV_OK;
     if (p->in->options.fresh)
-        FV_TRY(fv_outdir_clear(p->out, err));
+        FV_TRY(fv_outdir_clear(p->out, ours, err));
     FV_TRY(fv_remove_temporaries(p->out, err));
     FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
     char *text = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
@@ -224,10 +235,7 @@ static FvStatus restore(Pretrain *p, FvError *err) {
 static FvStatus create(Pretrain *p, FvError *err) {
     const FvPretrainConfig *c = &p->c;
     size_t cores = fv_claim_cores(&p->in->world), threads = p->in->options.threads;
-    p->patches = (c->crop_size / c->patch) * (c->crop_size / c->patch);
-    p->hidden = (size_t)lround(c->mask_share * (double)p->patches);
-    FvDistillConfig config = {.masked = p->hidden,
-                              .patch_weight = c->patch_weight,
+    FvDistillConfig config = {.patch_weight = c->patch_weight,
                               .images = share(p),
                               .size = c->crop_size,
                               .local_size = c->local_size,
@@ -240,6 +248,8 @@ static FvStatus create(Pretrain *p, FvError *err) {
                               .head_width = c->head_width,
                               .head_out = c->head_out,
                               .prototypes = c->prototypes};
+    p->patches = fv_distill_patches(&config);
+    p->hidden = config.masked = (size_t)lround(c->mask_share * (double)p->patches);
     FV_TRY(fv_cpu_backend_create(threads ? threads : cores, &p->be, err));
     FV_TRY(fv_distill_create(&config, p->be, &p->model, err));
     size_t globals = fv_mul4(FV_GLOBAL_CROPS * share(p), c->crop_size, c->crop_size, 3);
@@ -252,14 +262,14 @@ static FvStatus create(Pretrain *p, FvError *err) {
     bool ok = p->clips && p->globals && p->locals && p->masked && p->order_of_patches;
     for (size_t i = 0; i < COLUMN_COUNT; i++)
         ok = (p->column[i] = calloc(c->steps, sizeof(double))) && ok;
-    char *study = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
-    if (!ok || !study) {
-        free(study);
+    char *settings = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
+    if (!ok || !settings) {
+        free(settings);
         return FV_FAIL(err, FV_DEVICE, "out of memory for pretraining");
     }
-    FvStatus status = fv_checkpointer_create(p->out, study, fv_distill_params(p->model), p->be,
+    FvStatus status = fv_checkpointer_create(p->out, settings, fv_distill_params(p->model), p->be,
                                              COLUMN_COUNT, &p->checkpointer, err);
-    free(study);
+    free(settings);
     return status;
 }
 
@@ -433,7 +443,9 @@ static FvStatus run(Pretrain *p, bool *speaker, bool *abort, FvError *err) {
     FvStatus status = train(p, err);
     if (is_root(p))
         fv_bar_clear(&p->bar);
-    *abort = status != FV_OK && status != FV_STOPPED && p->group.size > 1;
+    /* all ranks stop together, or find together that the loss is not finite */
+    bool together = status == FV_OK || status == FV_STOPPED || status == FV_JOB;
+    *abort = !together && p->group.size > 1;
     if (*abort) {
         *speaker = true;
         return status;

@@ -46,7 +46,7 @@ static FvStatus check(const FvOptions *o, const FvPretrainConfig *c, size_t rank
     if (c->batch % ranks != 0)
         return FV_FAIL(err, FV_USAGE, "pretrain: batch %zu cannot be shared equally by %zu ranks",
                        c->batch, ranks);
-    if (!(c->local_area < c->crop_area))
+    if (c->locals && !(c->local_area < c->crop_area))
         return FV_FAIL(err, FV_USAGE, "pretrain: local_area %g must be below crop_area %g",
                        c->local_area, c->crop_area);
     if (c->dino_mlp % c->dino_width != 0)

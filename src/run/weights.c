@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/memory.h"
+#include "model/model.h"
 #include "model/resize.h"
 #include "run/files.h"
 #include "run/model_folder.h"
@@ -374,7 +375,7 @@ static FvStatus open_own(const char *path, const FvParams *params, Source *s, Fv
 
 typedef enum Which { LM, DINO, OWN, SOURCES } Which;
 
-/* naming stays NULL-file for a source that the configuration does not name. */
+/* s->file stays NULL where the configuration names no such source. */
 static FvStatus open_which(Which which, const FvConfig *c, const FvParams *params, Source *s,
                            FvError *err) {
     *s = (Source){0};
@@ -391,6 +392,14 @@ FvStatus fv_weights_check(const FvConfig *c, const FvParams *params, FvError *er
         close_source(&s);
     }
     return FV_OK;
+}
+
+FvStatus fv_weights_check_model(const FvConfig *c, const FvModelConfig *model, FvError *err) {
+    FvParams params;
+    FV_TRY(fv_model_declare(model, &params, err));
+    FvStatus status = fv_weights_check(c, &params, err);
+    fv_params_free(&params);
+    return status;
 }
 
 static FvStatus take(const Source *s, Which which, const FvConfig *c, FvParams *params,
@@ -484,18 +493,23 @@ FvStatus fv_weights_write_dino(const char *folder, const FvDinoSizes *sizes, con
     char path[FV_PATH];
     size_t count = 0;
     FvTensor *tensors = calloc(params->count + 1, sizeof *tensors);
-    real *values = malloc(fv_mul(params->total, sizeof *values));
+    size_t total = 0;
+    for (size_t i = 0; i < params->count; i++)
+        if (strncmp(params->list[i].name, prefix, strlen(prefix)) == 0)
+            total = fv_add(total, params->list[i].count);
+    real *values = malloc(fv_mul(total, sizeof *values));
     FvStatus status = tensors && values ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory");
     if (status == FV_OK)
         status = gather(params, prefix, be, tensors, values, &count, err);
-    if (status == FV_OK)
-        status = fv_path(err, path, sizeof path, "%s/config.json", folder);
-    if (status == FV_OK)
-        status = fv_hf_write_dino(path, sizes, err);
+    /* the larger first: where it finds no room, both files stay as they were */
     if (status == FV_OK)
         status = fv_path(err, path, sizeof path, "%s/model.safetensors", folder);
     if (status == FV_OK)
         status = fv_tensors_write(path, tensors, count, &(FvMeta){"format", "pt"}, 1, err);
+    if (status == FV_OK)
+        status = fv_path(err, path, sizeof path, "%s/config.json", folder);
+    if (status == FV_OK)
+        status = fv_hf_write_dino(path, sizes, err);
     free(tensors);
     free(values);
     return status;

@@ -3,6 +3,7 @@
 #ifndef FV_RUN_WEIGHTS_H
 #define FV_RUN_WEIGHTS_H
 
+#include "model/config.h"
 #include "model/params.h"
 #include "run/config.h"
 #include "run/hf_config.h"
@@ -11,6 +12,9 @@
  * the model's parameters, before anything is allocated for it. FV_DATA names file, tensor, what is
  * there and what is needed. */
 FvStatus fv_weights_check(const FvConfig *, const FvParams *, FvError *err);
+
+/* The same for the parameters of a whole model. */
+FvStatus fv_weights_check_model(const FvConfig *, const FvModelConfig *, FvError *err);
 
 /* Start values: drawn from the seed, except what comes from lm_from, dino_from and init_from (the
  * later over the earlier). */

@@ -8,7 +8,7 @@ expect 0 '^head.conv1.weight +F32 +\[4, 4, 3, 3\]' "$FOVEA" info "$model"
 expect 0 '^[0-9]+ parameters in [0-9]+ tensors, [0-9]+ bytes$' "$FOVEA" info "$model"
 cp "$model" "$TMPDIR/no_suffix"
 expect 0 '^head.conv1.weight +F32 +\[4, 4, 3, 3\]' "$FOVEA" info "$TMPDIR/no_suffix"
-expect 2 'a study comes before it' "$FOVEA" info "$model" "$tiny"
+expect 2 'a study comes before them' "$FOVEA" info "$model" "$tiny"
 expect 2 'no safetensors file, and no study' "$FOVEA" info "$FOVEA"
 expect 3 'safetensors.index.json: cannot be opened' "$FOVEA" info \
     "$TMPDIR/absent.safetensors.index.json"
