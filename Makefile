@@ -45,7 +45,8 @@ PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% 
 TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
-C_FILES := $(SOURCES) $(wildcard src/*/*.h tests/unit/*.[ch] tests/fuzz/*.[ch])
+C_FILES := $(SOURCES) $(wildcard src/*/*.h tests/unit/*.[ch] tests/fuzz/*.[ch] \
+                                tests/speed/*.c tests/reference/*.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
 FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c \
@@ -121,7 +122,7 @@ bench: all $(B)/f32/bench_ops $(B)/f32/bench_encoder $(B)/f32/bench_weights
 
 soak: all fuzz-build
 	tests/soak
-	tests/fuzz/run $$(($(or $(SECONDS),3600) / $(words $(FUZZERS))))
+	tests/fuzz/run $(or $(SECONDS),3600)
 
 weights:
 	@scripts/weights
@@ -185,7 +186,8 @@ help:
 	@echo "make weights    fetch the published checkpoints into models/ (docs/weights.md)"
 	@echo "make info       what was found, what was not and what that turns off"
 	@echo "make bench      speed: every operation, steps per second, the whole study"
-	@echo "make soak       long runs that are killed and started again; an hour of fuzzing"
+	@echo "make soak       long runs that are killed and started again; then fuzzing, an hour"
+	@echo "                for each reader, as many at once as there are cores; SECONDS=3600"
 	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"
 	@echo "make format     clang-format in place"
 	@echo "make sanitize   unit tests under AddressSanitizer and UndefinedBehaviorSanitizer"

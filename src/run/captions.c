@@ -223,24 +223,35 @@ static int wait_for(pid_t child) {
     }
 }
 
-/* What the script had to say: its last line. */
+/* What the script had to say: its last line, or where that is long, how it begins. */
 static FvStatus fail_script(FILE *log, int status, FvError *err) {
-    char line[400] = "", text[400];
+    char last[400] = "", *line = NULL;
+    size_t room = 0;
     rewind(log);
-    while (fgets(text, sizeof text, log))
-        if (*text != '\n')
-            snprintf(line, sizeof line, "%.*s", (int)strcspn(text, "\n"), text);
-    fv_utf8_clean(line);
-    if (*line)
-        return FV_FAIL(err, FV_DATA, "%s", line);
+    while (getline(&line, &room, log) > 0) {
+        line[strcspn(line, "\n")] = '\0';
+        if (*line)
+            snprintf(last, sizeof last, "%s", line);
+    }
+    free(line);
+    fv_utf8_clean(last);
+    if (*last)
+        return FV_FAIL(err, FV_DATA, "%s", last);
     return FV_FAIL(err, FV_DATA, "the tokenizer's process ended with status %d", status);
 }
 
+/* PYTHON, or else the virtual environment that scripts/configure fills, or else the PATH's. */
+static const char *interpreter(char environment[FV_PATH]) {
+    const char *asked = getenv("PYTHON");
+    if (asked && *asked)
+        return asked;
+    fv_program_file("build/venv/bin/python", environment);
+    return access(environment, X_OK) == 0 ? environment : "python3";
+}
+
 static FvStatus run_script(const char *tokenizer, FILE *const stream[STREAMS], FvError *err) {
-    char script[FV_PATH];
-    const char *python = getenv("PYTHON");
-    if (!python || !*python)
-        python = "python3";
+    char script[FV_PATH], environment[FV_PATH];
+    const char *python = interpreter(environment);
     fv_program_file("scripts/tokenize_captions.py", script);
     char *const argv[] = {(char *)python, script, (char *)tokenizer, NULL};
     pid_t child;
@@ -288,13 +299,21 @@ static FvStatus read_ids(FvCaptions *c, FILE *from, FvError *err) {
     return ok ? FV_OK : FV_FAIL(err, FV_DATA, "%s", bad);
 }
 
+/* The texts, to be read, and two empty files. What is open when it fails is the caller's, too. */
+static FvStatus open_streams(const FvCaptions *c, FILE *stream[STREAMS], FvError *err) {
+    bool good = true;
+    for (int i = 0; i < STREAMS && good; i++)
+        good = (stream[i] = tmpfile()) != NULL;
+    if (!good || !write_texts(c, stream[IN]))
+        return FV_FAIL(err, FV_IO, "temporary files for the tokenizer cannot be written: %s",
+                       strerror(errno));
+    return FV_OK;
+}
+
 static FvStatus take_ids(FvCaptions *c, const char *tokenizer, FvError *err) {
-    FILE *stream[STREAMS] = {tmpfile(), tmpfile(), tmpfile()};
-    FvStatus status = fv_sha256_file(tokenizer, c->tokenizer_sha256, err);
-    if (status == FV_OK &&
-        (!stream[IN] || !stream[OUT] || !stream[LOG] || !write_texts(c, stream[IN])))
-        status = FV_FAIL(err, FV_IO, "temporary files for the tokenizer cannot be written: %s",
-                         strerror(errno));
+    FILE *stream[STREAMS] = {NULL};
+    FV_TRY(fv_sha256_file(tokenizer, c->tokenizer_sha256, err));
+    FvStatus status = open_streams(c, stream, err);
     if (status == FV_OK)
         status = run_script(tokenizer, stream, err);
     if (status == FV_OK) {

@@ -23,6 +23,11 @@ FvStatus fv_path(FvError *err, char *out, size_t size, const char *format, ...) 
     return FV_OK;
 }
 
+const char *fv_file_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
 void fv_program_file(const char *relative, char out[FV_PATH]) {
     char program[FV_PATH];
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
@@ -201,6 +206,11 @@ FvStatus fv_remove_temporaries(const char *folder, FvError *err) {
 }
 
 /* --- text ----------------------------------------------------------------------------------- */
+
+bool fv_ends_with(const char *text, const char *end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
 
 /* Bytes of the valid UTF-8 character at c, 0 when there is none. */
 static size_t utf8_length(const unsigned char *c) {

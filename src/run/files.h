@@ -14,6 +14,9 @@ enum { FV_PATH = 4096 }; /* bytes of a path, the final zero included */
 FvStatus fv_path(FvError *err, char *out, size_t size, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
+/* The part of a path after its last slash. */
+const char *fv_file_name(const char *path);
+
 /* Makes a folder and those above it; one that is there already is as good. */
 FvStatus fv_make_folder(const char *path, FvError *err);
 
@@ -44,6 +47,8 @@ void fv_program_file(const char *relative, char out[FV_PATH]);
 /* The same for data (configs/..., models/...): `relative` itself where it is there from the current
  * folder. */
 void fv_beside_program(const char *relative, char out[FV_PATH]);
+
+bool fv_ends_with(const char *text, const char *end);
 
 bool fv_utf8_valid(const char *text);
 

@@ -31,11 +31,6 @@ static bool find_model(const char *from, char out[FV_TEXT]) {
     return strlen(beside) < FV_TEXT && readable(out);
 }
 
-static bool ends_with(const char *text, const char *end) {
-    size_t n = strlen(text), m = strlen(end);
-    return n >= m && strcmp(text + n - m, end) == 0;
-}
-
 FvStatus fv_folder_find(const char *from, char weights[FV_TEXT], char config[FV_TEXT],
                         FvError *err) {
     static const char *const names[] = {"model.safetensors", "model.safetensors.index.json"};
@@ -51,7 +46,7 @@ FvStatus fv_folder_find(const char *from, char weights[FV_TEXT], char config[FV_
     bool folder = stat(place, &info) == 0 && S_ISDIR(info.st_mode);
     size_t length = strlen(place);
     for (int i = 0; !folder && i < 2; i++)
-        if (ends_with(place, names[i])) /* config.json stands beside these */
+        if (strcmp(fv_file_name(place), names[i]) == 0) /* config.json stands beside these */
             length -= strlen(names[i]);
     if (folder || length < strlen(place)) {
         const char *slash = folder && place[length - 1] != '/' ? "/" : "";

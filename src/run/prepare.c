@@ -304,17 +304,12 @@ static FvStatus load_captions(Run *r, FvError *err) {
     return status;
 }
 
-static const char *file_name(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
-}
-
 static FvStatus prepare_videos(Run *r, FvError *err) {
     const FvPrepareOptions *o = r->options;
     FV_TRY(fv_video_available(err));
     for (size_t i = 0; i < o->input_count; i++) {
         const char *path = o->inputs[i];
-        FV_TRY(find_videos(r, path, (size_t)(file_name(path) - path), true, err));
+        FV_TRY(find_videos(r, path, (size_t)(fv_file_name(path) - path), true, err));
     }
     FV_TRY(load_captions(r, err));
     FvClipSpec spec = {.frames = o->frames,
@@ -325,7 +320,7 @@ static FvStatus prepare_videos(Run *r, FvError *err) {
                        .made_from = "videos",
                        .max_tokens = o->max_tokens,
                        .vocabulary = r->captions.vocabulary,
-                       .tokenizer = o->tokenizer ? file_name(o->tokenizer) : "bytes",
+                       .tokenizer = o->tokenizer ? fv_file_name(o->tokenizer) : "bytes",
                        .tokenizer_sha256 = r->captions.tokenizer_sha256};
     FV_TRY(fv_clipwriter_create(o->output, &spec, &r->writer, err));
     for (size_t i = 0; i < r->video_count; i++) {

@@ -1,8 +1,10 @@
 #include "run/pretrain_config.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/memory.h"
 #include "run/files.h"
@@ -24,7 +26,7 @@ static const FvKeys keys = {key_list, &defaults};
 
 void fv_pretrain_print_help(void) {
     puts("usage: fovea pretrain procedural|CLIPS.h5 [key=value ...] [--out DIR] [--threads N]\n"
-         "       [--fresh]\n\n"
+         "       [--device auto|cuda|cpu] [--fresh]\n\n"
          "Trains an encoder on single frames without labels (DINO: a student learns to say of one\n"
          "crop what its slow average says of another) and writes DIR/config.json and\n"
          "DIR/model.safetensors, a DINOv2 folder for dino_from. DIR: runs/pretrain. The same\n"
@@ -39,6 +41,10 @@ static FvStatus check(const FvOptions *o, const FvPretrainConfig *c, size_t rank
         return FV_FAIL(err, FV_USAGE,
                        "pretrain: name the data: procedural or a clips.h5; fovea "
                        "pretrain --help");
+    if (strcmp(o->study, "procedural") != 0 && access(o->study, R_OK) != 0)
+        return FV_FAIL(err, FV_DATA,
+                       "%s: %s: name a file made by `fovea prepare`, or procedural for drawn clips",
+                       o->study, strerror(errno));
     if (o->only || o->list || o->dry_run || o->jobs_per_rank > 1 || o->ranks_per_experiment > 1)
         return FV_FAIL(err, FV_USAGE,
                        "pretrain takes --out, --threads, --device and --fresh; all "

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "base/memory.h"
+#include "run/files.h"
 #include "run/safetensors_parts.h"
 
 /* --- one file ------------------------------------------------------------------------------- */
@@ -203,11 +204,6 @@ static FvStatus read_entries(FvTensorFile *f, const Shard *s, FvError *err) {
 
 /* --- the index of a sharded file ------------------------------------------------------------ */
 
-static bool ends_with(const char *text, const char *end) {
-    size_t n = strlen(text), m = strlen(end);
-    return n >= m && strcmp(text + n - m, end) == 0;
-}
-
 /* The index is read through a mapping that it does not outlive. */
 static FvStatus read_index(FvTensorFile *f, FvError *err) {
     Shard file = {.path = f->path};
@@ -326,7 +322,7 @@ static void sort_names(FvTensorFile *f) {
 
 static FvStatus open_parts(FvTensorFile *f, FvError *err) {
     size_t most = 1;
-    FV_TRY(ends_with(f->path, ".index.json") ? open_index(f, err) : open_single(f, err));
+    FV_TRY(fv_ends_with(f->path, ".index.json") ? open_index(f, err) : open_single(f, err));
     for (size_t i = 0; i < f->shard_count; i++) {
         FV_TRY(open_shard(&f->shards[i], err));
         most += json_object_size(f->shards[i].header);
@@ -429,6 +425,6 @@ static bool begins_like_one(const char *path) {
 }
 
 bool fv_tensors_recognise(const char *path) {
-    return ends_with(path, ".index.json") || ends_with(path, ".safetensors") ||
+    return fv_ends_with(path, ".index.json") || fv_ends_with(path, ".safetensors") ||
            begins_like_one(path);
 }

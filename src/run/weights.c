@@ -147,13 +147,8 @@ static FvStatus open_source(const char *path, const FvParams *params, Source *s,
 
 /* --- one parameter -------------------------------------------------------------------------- */
 
-static bool ends_with(const char *text, const char *end) {
-    size_t n = strlen(text), m = strlen(end);
-    return n >= m && strcmp(text + n - m, end) == 0;
-}
-
 static bool is_position(const FvParam *p) {
-    return ends_with(p->name, "embeddings.position_embeddings");
+    return fv_ends_with(p->name, "embeddings.position_embeddings");
 }
 
 /* Side of the grid of a position table of tokens [1, 1 + side^2, width]; 0 when it is none. */
@@ -265,7 +260,7 @@ static FvStatus set_position(const FvTensor *t, const FvParam *p, double offset,
 /* --- a whole model -------------------------------------------------------------------------- */
 
 static bool is_optional(const FvParam *p) {
-    return ends_with(p->name, "mask_token");
+    return fv_ends_with(p->name, "mask_token");
 }
 
 static bool is_layer_scale(const FvParam *p) {

@@ -125,6 +125,26 @@ expect 3 'vocabulary has 256 tokens: set lm_vocab' "$FOVEA" "$study" data=clips.
 expect 3 'captions.tsv:1: the caption has 3 tokens, --max-tokens is 2' "${tokenize[@]}" words.json \
     --max-tokens 2
 
+# a long last line is told from its start
+printf '#!/bin/sh\nseq -s, 1000 >&2\nexit 1\n' >talks
+chmod +x talks
+PYTHON=$TMPDIR/talks expect 3 '(^| )1,2,3,' "${tokenize[@]}" words.json
+
+# without PYTHON: the virtual environment beside the program, then python3 of the PATH
+mkdir -p here/build/venv/bin path
+cp "$FOVEA" here/fovea
+ln -s "${FOVEA%/*}/scripts" here/scripts
+for place in here/build/venv/bin/python path/python3; do
+    printf '#!/bin/sh\necho %s >called\nexec "%s" "$@"\n' "$place" "$PYTHON" >"$place"
+    chmod +x "$place"
+done
+here=(env -u PYTHON PATH="$TMPDIR/path:$PATH" here/fovea "${tokenize[@]:1}" words.json --max-tokens 3)
+for place in here/build/venv/bin/python path/python3; do
+    expect 0 "^$counts" "${here[@]}"
+    [ "$(cat called)" = "$place" ] || fail "$(cat called) was called, not $place"
+    rm "$place"
+done
+
 # a signal ends the wait for the tokenizer
 printf '#!/bin/sh\n: >started\nexec sleep 60\n' >slow
 chmod +x slow

@@ -82,6 +82,11 @@ pretrain "$TMPDIR/clips.h5" "${short[@]}" --out "$TMPDIR/file"
 cmp "$TMPDIR/a/model.safetensors" "$TMPDIR/file/model.safetensors" ||
     fail "clips.h5 gives another model than the clips it holds"
 
+expect 3 'nosuch.h5: No such file.*`fovea prepare`, or procedural' \
+    "$FOVEA" pretrain "$TMPDIR/nosuch.h5" "${short[@]}" --out "$TMPDIR/none"
+[ ! -e "$TMPDIR/none" ] || fail "a folder for data that is not there"
+expect 0 '[-]-device auto.cuda.cpu' "$FOVEA" pretrain --help
+
 # another setting in an old OUT, or other data; --fresh starts over, but not for what cannot run
 cp -r "$TMPDIR/a" "$TMPDIR/old"
 expect 2 'old/pretrain.yaml was begun with "locals: 2", now "locals: 3"' \

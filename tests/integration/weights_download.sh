@@ -155,6 +155,28 @@ elif mount -t tmpfs -o ro tmpfs "$WEIGHTS_FOLDER" 2>/dev/null; then
     trap 'kill "$server" 2>/dev/null || true' EXIT
 fi
 
+# a last line without its newline counts
+cp "$WEIGHTS_TABLE" "$TMPDIR/ended.txt"
+truncate -s -1 "$WEIGHTS_TABLE"
+again ""
+expect 0 'tiny/model.safetensors: fetching 293KiB' "$weights"
+whole "table without a final newline"
+cp "$TMPDIR/ended.txt" "$WEIGHTS_TABLE"
+
+# without curl what is there is checked, the others are named
+mkdir "$TMPDIR/bin"
+for tool in env bash dirname stat sha256sum; do
+    ln -s "$(command -v "$tool")" "$TMPDIR/bin"
+done
+expect 0 'model.safetensors: there and right' env PATH="$TMPDIR/bin" "$weights"
+rm "$small"
+expect 6 'curl is not installed: install it, or fetch' env PATH="$TMPDIR/bin" "$weights"
+grep -q 'model.safetensors: there and right$' "$TMPDIR/out" || fail "what is there was not checked"
+grep -q -e "-> $small$" "$TMPDIR/out" || fail "what is missing is not named"
+! grep -q -e "-> $large$" "$TMPDIR/out" || fail "what is there is listed as missing"
+echo mine >"$large"
+expect 3 'tiny/model.safetensors: not the published file' env PATH="$TMPDIR/bin" "$weights"
+
 # nobody there: what to put where; files placed by hand are then checked without a request
 again ""
 kill "$server"

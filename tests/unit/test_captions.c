@@ -1,4 +1,5 @@
 /* Captions of videos: the two formats, the tokens of bytes, and what is refused. */
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -6,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -127,9 +129,33 @@ static void test_bytes(void **state) {
     fv_captions_free(&c);
 }
 
+/* One file can be open at a time: the tokenizer is read, its three streams are too many. */
+static void test_tells_why_there_are_no_temporary_files(void **state) {
+    (void)state;
+    static const char text[] = "a\tx\n";
+    FvCaptions c;
+    FvError err = {0};
+    struct rlimit limit;
+    assert_int_equal(read_text(text, strlen(text), &c, NULL), FV_OK);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    int next = dup(STDERR_FILENO);
+    assert_true(next >= 0);
+    close(next);
+    struct rlimit one = {(rlim_t)next + 1, limit.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &one), 0);
+    errno = 0;
+    FvStatus status = fv_captions_tokenize(&c, path, 5, &err);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    assert_int_equal(status, FV_IO);
+    assert_non_null(strstr(err.text, "temporary files"));
+    assert_non_null(strstr(err.text, strerror(EMFILE)));
+    fv_captions_free(&c);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_formats),
-                                       cmocka_unit_test(test_refuses),
-                                       cmocka_unit_test(test_bytes)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_formats), cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_bytes),
+        cmocka_unit_test(test_tells_why_there_are_no_temporary_files)};
     return cmocka_run_group_tests(tests, make_file, remove_file);
 }

@@ -266,6 +266,28 @@ static void test_auto_takes_what_models_has(void **state) {
     free(here);
 }
 
+static void in_folder(const World *w, const char *name, char path[FV_PATH]) {
+    FvError err;
+    succeeds(fv_path(&err, path, FV_PATH, "%s/%s", w->folder, name), &err);
+    write_text(path, "{}");
+}
+
+static void test_only_model_safetensors_has_a_config(void **state) {
+    const World *w = *state;
+    FvError err;
+    char path[FV_PATH], weights[FV_TEXT], config[FV_TEXT];
+    in_folder(w, "config.json", path);
+    in_folder(w, "my-config.json", path);
+    in_folder(w, "model.safetensors", path);
+    succeeds(fv_folder_find(path, weights, config, &err), &err);
+    assert_string_equal(weights, path);
+    assert_string_equal(config, w->path);
+    in_folder(w, "my-model.safetensors", path);
+    succeeds(fv_folder_find(path, weights, config, &err), &err);
+    assert_string_equal(weights, path);
+    assert_string_equal(config, "");
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, open_world, close_world)
 
 int main(void) {
@@ -274,6 +296,7 @@ int main(void) {
         TEST(test_config_of_llama),
         TEST(test_configs_of_other_models_are_refused),
         TEST(test_auto_takes_what_models_has),
+        TEST(test_only_model_safetensors_has_a_config),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
