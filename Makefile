@@ -41,7 +41,7 @@ SOURCES := $(sort $(wildcard src/base/*.c src/backend/*.c src/model/*.c src/run/
 PARTS := $(filter-out src/main.c,$(SOURCES))
 # The part of the program whose mathematics is proved in double.
 PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file% \
-             src/run/weights% src/run/model_folder% src/run/hf_config% src/run/config%,$(PARTS))
+             src/run/weights.c src/run/model_folder% src/run/hf_config% src/run/config%,$(PARTS))
 TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))

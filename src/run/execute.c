@@ -443,8 +443,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     s->threads = o->threads ? o->threads : cores;
     if (o->list || o->dry_run) {
         if (w->rank == 0)
-            made = o->list ? list_jobs(s)
-                           : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
+            made = o->list ? list_jobs(s) : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
         TOGETHER(made);
         return FV_OK;
     }
