@@ -126,7 +126,7 @@ size_t fv_taesd_frames(const FvTaesd *t) {
 /* x = relu(x + conv(relu(conv(relu(conv(x)))))); a, b scratch */
 static void block(const FvTaesd *t, const FvConv *s, const Layer *l, real *x, real *a, real *b) {
     FvBackend *be = t->be;
-    size_t rows = s->frames * s->height * s->width, n = rows * WIDTH;
+    size_t rows = fv_mul3(s->frames, s->height, s->width), n = fv_mul(rows, WIDTH);
     be->ops->conv(be, s, x, l->w[0].w, l->b[0].w, a);
     be->ops->relu(be, n, a, a);
     be->ops->conv(be, s, a, l->w[1].w, l->b[1].w, b);
@@ -167,14 +167,15 @@ static const real *forward(const FvTaesd *t, size_t frames) {
 FvStatus fv_taesd_encode(FvTaesd *t, size_t frames, const uint8_t *pixels, real *latents,
                          FvError *err) {
     const FvOps *ops = t->be->ops;
-    size_t image = t->size * t->size * 3, side = t->size / FV_LATENT_STRIDE, area = side * side;
+    size_t image = fv_mul3(t->size, t->size, 3), side = t->size / FV_LATENT_STRIDE;
+    size_t area = fv_mul(side, side);
     for (size_t first = 0, n; first < frames; first += n) {
         n = frames - first < t->frames ? frames - first : t->frames;
         for (size_t i = 0; i < n * image; i++)
             t->host[i] = (real)pixels[first * image + i] / 255;
-        ops->upload(t->be, t->buffer[0], t->host, n * image * sizeof(real));
+        ops->upload(t->be, t->buffer[0], t->host, fv_mul3(n, image, sizeof(real)));
         const real *out = forward(t, n);
-        ops->download(t->be, t->host, out, n * area * FV_LATENT_CHANNELS * sizeof(real));
+        ops->download(t->be, t->host, out, fv_mul4(n, area, FV_LATENT_CHANNELS, sizeof(real)));
         FV_TRY(ops->sync(t->be, err));
         for (size_t f = 0; f < n; f++)
             for (size_t c = 0; c < FV_LATENT_CHANNELS; c++)

@@ -109,20 +109,6 @@ static FvStatus copy_file(const char *path, const char *sha256, const char *temp
 
 /* --- the dataset ------------------------------------------------------------------------------ */
 
-static hid_t open_copy(const char *temporary) {
-    hid_t list = H5Pcreate(H5P_FILE_ACCESS);
-    if (list < 0 || H5Pset_fclose_degree(list, H5F_CLOSE_STRONG) < 0) /* with all that is in it */
-        return -1;
-#if H5_VERSION_GE(1, 10, 7)
-    /* Nobody else knows the temporary name, and some cluster file systems refuse locks. */
-    H5Pset_file_locking(list, false, true);
-#endif
-    hid_t file = H5Fopen(temporary, H5F_ACC_RDWR, list);
-    if (file >= 0) /* a failed call keeps its reason until the next call that succeeds */
-        H5Pclose(list);
-    return file;
-}
-
 /* Contiguous, in the order of the clips: a clip is one piece of the file. No time stamps, so that
  * the same latents make the same file. What is not closed here closes with the file. */
 static hid_t create_dataset(hid_t file, const FvLatents *l) {
@@ -155,13 +141,17 @@ static FvStatus fail_hdf5(const char *path, FvError *err) {
     return FV_FAIL(err, FV_IO, "%s: /latents cannot be written: %s", path, reason);
 }
 
+/* The lock is held, but for l->read. */
 static FvStatus fill(hid_t file, const char *path, const FvLatents *l, FvError *err) {
     hid_t dataset = create_dataset(file, l);
     if (dataset < 0)
         return fail_hdf5(path, err);
     for (size_t clip = 0; clip < l->clips; clip++) {
         const float *values;
-        FV_TRY(l->read(l->context, clip, &values, err));
+        fv_hdf5_unlock(); /* the caller's function may take its time, and the lock */
+        FvStatus status = l->read(l->context, clip, &values, err);
+        fv_hdf5_lock();
+        FV_TRY(status);
         if (!write_clip(dataset, l, clip, values))
             return fail_hdf5(path, err);
     }
@@ -183,7 +173,7 @@ FvStatus fv_latents_write(const char *path, const char *sha256, const char *temp
     FvStatus status = copy_file(path, sha256, temporary, added, err);
     if (status == FV_OK) {
         fv_hdf5_lock();
-        hid_t file = open_copy(temporary);
+        hid_t file = fv_hdf5_open_temporary(temporary, false);
         status = file >= 0 ? fill(file, path, l, err) : fail_hdf5(path, err);
         if (file >= 0 && H5Fclose(file) < 0 && status == FV_OK)
             status = fail_hdf5(path, err);

@@ -88,20 +88,6 @@ static hid_t create_growing(const FvClipWriter *w, const char *name, int rank) {
     return out;
 }
 
-static hid_t create_file(const char *path) {
-    hid_t list = H5Pcreate(H5P_FILE_ACCESS);
-    if (list < 0 || H5Pset_fclose_degree(list, H5F_CLOSE_STRONG) < 0) /* with all that is in it */
-        return -1;
-#if H5_VERSION_GE(1, 10, 7)
-    /* Nobody else knows the temporary name, and some cluster file systems refuse locks. */
-    H5Pset_file_locking(list, false, true);
-#endif
-    hid_t file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, list);
-    if (file >= 0) /* a failed call keeps its reason until the next call that succeeds */
-        H5Pclose(list);
-    return file;
-}
-
 static FvStatus create(FvClipWriter *w, FvError *err) {
     struct stat info;
     if (stat(w->path, &info) == 0 && S_ISDIR(info.st_mode))
@@ -110,7 +96,7 @@ static FvStatus create(FvClipWriter *w, FvError *err) {
     if (probe < 0)
         return FV_FAIL(err, FV_IO, "%s: cannot be written: %s", w->path, strerror(errno));
     close(probe);
-    w->file = create_file(w->temporary);
+    w->file = fv_hdf5_open_temporary(w->temporary, true);
     if (w->file < 0)
         return fail_hdf5(err, w, "the file");
     w->frames = create_growing(w, "/frames", 5);

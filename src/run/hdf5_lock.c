@@ -40,6 +40,21 @@ void fv_hdf5_reason(char *out, size_t size) {
     }
 }
 
+int64_t fv_hdf5_open_temporary(const char *path, bool create) {
+    hid_t list = H5Pcreate(H5P_FILE_ACCESS);
+    if (list < 0 || H5Pset_fclose_degree(list, H5F_CLOSE_STRONG) < 0) /* with all that is in it */
+        return -1;
+#if H5_VERSION_GE(1, 10, 7)
+    /* Nobody else knows the temporary name, and some cluster file systems refuse locks. */
+    H5Pset_file_locking(list, false, true);
+#endif
+    hid_t file = create ? H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, list)
+                        : H5Fopen(path, H5F_ACC_RDWR, list);
+    if (file >= 0) /* a failed call keeps its reason until the next call that succeeds */
+        H5Pclose(list);
+    return file;
+}
+
 bool fv_hdf5_put_text(int64_t object, const char *name, const char *value) {
     hid_t type = H5Tcopy(H5T_C_S1), space = H5Screate(H5S_SCALAR), attribute = -1;
     bool ok = type >= 0 && space >= 0 && H5Tset_size(type, H5T_VARIABLE) >= 0 &&

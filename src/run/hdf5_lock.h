@@ -17,6 +17,10 @@ void fv_hdf5_version(char *out, size_t size);
  * "No space left on device"; "unknown reason" when there is none. */
 void fv_hdf5_reason(char *out, size_t size);
 
+/* With the lock held: opens a file of a temporary name for writing, or creates it empty, unlocked;
+ * closing it closes all that is in it. A hid_t, negative on failure. */
+int64_t fv_hdf5_open_temporary(const char *path, bool create);
+
 /* With the lock held: adds a UTF-8 text attribute to an object (a hid_t); false on failure. */
 bool fv_hdf5_put_text(int64_t object, const char *name, const char *value);
 

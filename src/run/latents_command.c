@@ -23,6 +23,7 @@
 #include "run/processor.h"
 #include "run/safetensors.h"
 #include "run/sha256.h"
+#include "run/weights.h"
 
 _Static_assert(sizeof(real) == sizeof(float), "latents are stored in single precision");
 
@@ -113,31 +114,6 @@ static const char *file_name(const char *path) {
     return slash ? slash + 1 : path;
 }
 
-static FvStatus load_tensor(FvTaesd *net, FvBackend *be, const FvParam *p, const FvTensor *t,
-                            const char *path, FvError *err) {
-    if (t->rank != p->rank || memcmp(t->shape, p->shape, p->rank * sizeof *p->shape) != 0) {
-        const size_t *a = t->shape, *b = p->shape;
-        return FV_FAIL(err, FV_DATA,
-                       "%s: %s has %zu dimensions, %zu x %zu first, TAESD's encoder of %d latent "
-                       "channels has %zu, %zu x %zu first: name taesd_encoder.safetensors",
-                       path, t->name, t->rank, t->rank > 0 ? a[0] : 1, t->rank > 1 ? a[1] : 1,
-                       FV_LATENT_CHANNELS, p->rank, b[0], p->rank > 1 ? b[1] : 1);
-    }
-    double *wide = calloc(t->count, sizeof *wide);
-    real *values = calloc(t->count, sizeof *values);
-    FvStatus status =
-        wide && values ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory for %s", path);
-    if (status == FV_OK) {
-        fv_tensor_read(t, 0, t->count, wide);
-        for (size_t i = 0; i < t->count; i++)
-            values[i] = (real)wide[i];
-        status = fv_params_set(fv_taesd_params(net), be, p, FV_BLOCK_W, values, err);
-    }
-    free(wide);
-    free(values);
-    return status;
-}
-
 /* Names as published, "0.weight", or diffusers', "encoder.layers.0.weight" with the decoder beside
  * it. Every tensor must have its place. */
 static FvStatus load_all(const FvTensorFile *file, FvTaesd *net, FvBackend *be, FvError *err) {
@@ -154,7 +130,9 @@ static FvStatus load_all(const FvTensorFile *file, FvTaesd *net, FvBackend *be, 
             return FV_FAIL(err, FV_DATA,
                            "%s: has no tensor %s: name TAESD's encoder, taesd_encoder.safetensors",
                            path, name);
-        FV_TRY(load_tensor(net, be, p, t, path, err));
+        FV_TRY(fv_weights_check_tensor(file, t, p, false,
+                                       "name TAESD's encoder, taesd_encoder.safetensors", err));
+        FV_TRY(fv_weights_set(t, p, fv_taesd_params(net), be, err));
     }
     for (size_t i = 0; i < fv_tensors_count(file); i++) {
         const char *name = fv_tensors_at(file, i)->name;
@@ -259,6 +237,9 @@ static FvStatus compute(Run *r, FvError *err) {
     return FV_OK;
 }
 
+/* The key of kept work, but for its clips. */
+#define KEY_BEGINS "fovea latents 1\nvae %s\n"
+
 /* Network, weights, memory of one clip, and what an earlier run has kept. */
 static FvStatus set_up(Run *r, const char *partial, FvError *err) {
     const FvClipFile *c = &r->clips;
@@ -273,16 +254,16 @@ static FvStatus set_up(Run *r, const char *partial, FvError *err) {
         return FV_FAIL(err, FV_DEVICE, "out of memory for a clip of %zu frames", c->frames);
     FV_TRY(fv_sha256_file(r->path, r->clips_sha256, err));
     char key[FV_PARTIAL_KEY];
-    snprintf(key, sizeof key, "fovea latents 1\nvae %s\nclips %s\n", r->vae_sha256,
-             r->clips_sha256);
+    snprintf(key, sizeof key, KEY_BEGINS "clips %s\n", r->vae_sha256, r->clips_sha256);
     return fv_partial_open(partial, key, record, &r->partial, err);
 }
 
-/* What a run that was killed between the last two steps has left. */
-static void remove_left(const char *partial) {
-    FvPartial left;
-    if (access(partial, F_OK) == 0 && fv_partial_open(partial, "", 1, &left, NULL) == FV_OK)
-        fv_partial_close(&left);
+/* What a run that was killed between the last two steps has left: clips whose latents are there.
+ * Work with other weights stays. */
+static FvStatus remove_left(const char *partial, const char *made_with, FvError *err) {
+    char begin[FV_PARTIAL_KEY];
+    snprintf(begin, sizeof begin, KEY_BEGINS, made_with);
+    return fv_partial_discard(partial, begin, err);
 }
 
 static FvStatus find_file(const char *name, char path[FV_PATH], FvError *err) {
@@ -303,9 +284,10 @@ static FvStatus work(Run *r, FvError *err) {
     FV_TRY(fv_clipfile_open_frames(r->path, &r->clips, err));
     FV_TRY(fv_sha256_file(o->vae, r->vae_sha256, err));
     FV_TRY(fv_latents_there(&r->clips, &there, made_with, err));
+    if (there)
+        FV_TRY(remove_left(partial, made_with, err));
     if (there && strcmp(made_with, r->vae_sha256) == 0) {
         printf("%s: has the latents of %s already\n", o->clips, file_name(o->vae));
-        remove_left(partial);
         return FV_OK;
     }
     if (there && !o->replace)

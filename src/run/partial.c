@@ -58,22 +58,33 @@ static bool read_record(const FvPartial *p, size_t index, void *out) {
     return XXH3_64bits(out, p->record) == sum;
 }
 
-/* Counts the whole records of the same key, and cuts off what is behind them. */
+/* Counts the whole records of the same key, and cuts off what is behind them. A file that ends
+ * within its key holds no work. */
 static FvStatus take_over(FvPartial *p, const char *key, FvError *err) {
     char there[FV_PARTIAL_KEY], wanted[FV_PARTIAL_KEY] = "";
+    snprintf(wanted, sizeof wanted, "%s", key);
+    if (!read_at(p->file, there, sizeof there, 0)) {
+        if (errno != 0)
+            return fail(p, "read", err);
+        if (ftruncate(p->file, 0) != 0 || !write_at(p->file, wanted, sizeof wanted, 0)) {
+            FvStatus status = fail(p, "written", err);
+            unlink(p->path);
+            return status;
+        }
+        return FV_OK;
+    }
+    if (memcmp(there, wanted, sizeof there) != 0)
+        return FV_FAIL(err, FV_USAGE,
+                       "%s: keeps unfinished work of other weights or of other clips: finish that "
+                       "first, or remove this file",
+                       p->path);
     void *record = malloc(p->record);
     if (!record)
         return FV_FAIL(err, FV_DEVICE, "out of memory for a record of %s", p->path);
-    snprintf(wanted, sizeof wanted, "%s", key);
-    bool same = read_at(p->file, there, sizeof there, 0) && !memcmp(there, wanted, sizeof there);
-    while (same && read_record(p, p->records, record))
+    while (read_record(p, p->records, record))
         p->records++;
     free(record);
-    if (!same && (ftruncate(p->file, 0) != 0 || !write_at(p->file, wanted, sizeof wanted, 0)))
-        return fail(p, "written", err);
-    if (ftruncate(p->file, place(p, p->records)) != 0)
-        return fail(p, "written", err);
-    return FV_OK;
+    return ftruncate(p->file, place(p, p->records)) == 0 ? FV_OK : fail(p, "written", err);
 }
 
 FvStatus fv_partial_open(const char *path, const char *key, size_t record, FvPartial *out,
@@ -90,8 +101,10 @@ FvStatus fv_partial_open(const char *path, const char *key, size_t record, FvPar
     }
     out->file = file;
     FvStatus status = take_over(out, key, err);
-    if (status != FV_OK)
-        fv_partial_close(out);
+    if (status != FV_OK) { /* whatever is in it stays */
+        close(file);
+        out->file = -1;
+    }
     return status;
 }
 
@@ -128,5 +141,17 @@ FvStatus fv_partial_remove(FvPartial *p, FvError *err) {
     p->file = -1;
     if (!removed)
         return FV_FAIL(err, FV_IO, "%s: cannot be removed: %s", p->path, strerror(reason));
+    return FV_OK;
+}
+
+FvStatus fv_partial_discard(const char *path, const char *begin, FvError *err) {
+    char key[FV_PARTIAL_KEY];
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return FV_OK; /* none, or none of this user's */
+    bool same = read_at(file, key, sizeof key, 0) && strncmp(key, begin, strlen(begin)) == 0;
+    close(file); /* was only read */
+    if (same && unlink(path) != 0 && errno != ENOENT)
+        return FV_FAIL(err, FV_IO, "%s: cannot be removed: %s", path, strerror(errno));
     return FV_OK;
 }

@@ -16,8 +16,9 @@ typedef struct FvPartial {
     size_t record, records; /* bytes of one; whole ones that are there */
 } FvPartial;
 
-/* Opens or makes `path` and locks it. The key says what the records belong to: those of another key
- * are dropped. FV_IO when another process has it or it cannot be written. */
+/* Opens or makes `path` and locks it. The key says what the records belong to: a file of another
+ * key is left as it is and FV_USAGE says so. FV_IO when another process has it or it cannot be
+ * written. */
 FvStatus fv_partial_open(const char *path, const char *key, size_t record, FvPartial *out,
                          FvError *err);
 /* Appends; on failure (FV_IO: a full disk) the records before it are kept. */
@@ -28,5 +29,7 @@ FvStatus fv_partial_read(const FvPartial *, size_t index, void *out, FvError *er
 void fv_partial_close(FvPartial *);
 /* Its work is done: removes the file too. */
 FvStatus fv_partial_remove(FvPartial *, FvError *err);
+/* Removes the file that `path` names if there is one and its key begins with `begin`. */
+FvStatus fv_partial_discard(const char *path, const char *begin, FvError *err);
 
 #endif

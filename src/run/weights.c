@@ -35,6 +35,8 @@ static const Naming own_naming = {"", "", false};
 static const char dino_anchor[] = "dino.embeddings.cls_token";
 static const char lm_anchor[] = "lm.model.embed_tokens.weight";
 
+static const char list_them[] = "fovea info STUDY lists them"; /* advice about shapes */
+
 typedef struct Spelling {
     const char *name, *original;
     int part; /* of the original's fused tensor: 0 query, 1 key, 2 value; -1 whole */
@@ -181,19 +183,16 @@ static const char *shape_text(size_t rank, const size_t *shape, char out[128]) {
     return out;
 }
 
-static FvStatus check_tensor(const FvTensorFile *file, const FvTensor *t, const FvParam *p,
-                             bool resizable, FvError *err) {
+FvStatus fv_weights_check_tensor(const FvTensorFile *file, const FvTensor *t, const FvParam *p,
+                                 bool resizable, const char *advice, FvError *err) {
     char there[128], needed[128];
     if (t->type != FV_F32 && t->type != FV_BF16 && t->type != FV_F16 && t->type != FV_F64)
         return FV_FAIL(err, FV_DATA, "%s: %.100s is of type %s, weights are F64, F32, F16 or BF16",
                        fv_tensors_path(file), t->name, fv_type_name(t->type));
     if (!shape_fits(t, p, resizable))
-        return FV_FAIL(
-            err, FV_DATA,
-            "%s: %.100s is %s, another shape than the model's %s (fovea info STUDY lists "
-            "them)",
-            fv_tensors_path(file), t->name, shape_text(t->rank, t->shape, there),
-            shape_text(p->rank, p->shape, needed));
+        return FV_FAIL(err, FV_DATA, "%s: %.100s is %s, another shape than the model's %s: %s",
+                       fv_tensors_path(file), t->name, shape_text(t->rank, t->shape, there),
+                       shape_text(p->rank, p->shape, needed), advice);
     return FV_OK;
 }
 
@@ -212,8 +211,8 @@ static FvStatus set_pieces(const FvTensor *t, size_t first, const FvParam *p, Fv
     return FV_OK;
 }
 
-static FvStatus set_whole(const FvTensor *t, const FvParam *p, FvParams *params, FvBackend *be,
-                          FvError *err) {
+FvStatus fv_weights_set(const FvTensor *t, const FvParam *p, FvParams *params, FvBackend *be,
+                        FvError *err) {
     real *values = malloc(fv_mul(p->count, sizeof *values));
     if (!values)
         return FV_FAIL(err, FV_DEVICE, "out of memory for %s", p->name);
@@ -323,7 +322,7 @@ static FvStatus check_model(Source *s, const char *own, const FvParams *params, 
                            p->name);
         if (!t)
             continue;
-        FV_TRY(check_tensor(s->file, t, p, true, err));
+        FV_TRY(fv_weights_check_tensor(s->file, t, p, true, list_them, err));
         s->used[s->used_count++] = t;
     }
     return check_left(s, err);
@@ -358,7 +357,7 @@ static FvStatus open_own(const char *path, const FvParams *params, Source *s, Fv
         if (!t)
             continue;
         s->used[s->used_count++] = t;
-        status = check_tensor(s->file, t, &params->list[i], false, err);
+        status = fv_weights_check_tensor(s->file, t, &params->list[i], false, list_them, err);
     }
     if (status == FV_OK && s->used_count == 0)
         status = FV_FAIL(err, FV_DATA, "%s: holds no parameter of this model (fovea info STUDY %s)",
@@ -407,7 +406,7 @@ static FvStatus take(const Source *s, Which which, const FvConfig *c, FvParams *
         if (!t)
             continue;
         if (p->channels_last)
-            FV_TRY(set_whole(t, p, params, be, err));
+            FV_TRY(fv_weights_set(t, p, params, be, err));
         else if (which == DINO && is_position(p) && t->shape[1] != p->shape[1])
             FV_TRY(set_position(t, p, offset, params, be, err));
         else

@@ -1,9 +1,9 @@
 """Random weights with the shapes of TAESD's encoder, as a safetensors file.
 
-    taesd_weights.py FILE [seed=N] [prefix=TEXT] [latents=N] [without=NAME] [with=NAME]
+    taesd_weights.py FILE [seed=N] [prefix=TEXT] [latents=N] [without=NAME] [with=NAME] [NAME=TYPE]
 
 prefix goes before every name (and adds a decoder's tensor, as whole autoencoders have); without
-leaves a tensor out, with adds one.
+leaves a tensor out, with adds one; NAME=TYPE stores the tensor as I16, U8, ... instead of F32.
 """
 
 import json
@@ -11,6 +11,8 @@ import struct
 import sys
 
 import numpy as np
+
+TYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
 
 
 def shapes(latents: int) -> dict[str, tuple[int, ...]]:
@@ -38,9 +40,10 @@ def main() -> None:
     for name, shape in tensors.items():
         if name == options.get("without"):
             continue
-        values = draw.uniform(-0.09, 0.09, shape).astype("<f4").tobytes()
+        kind = options.get(name, "F32")
+        values = draw.uniform(-0.09, 0.09, shape).astype(TYPES[kind]).tobytes()
         span = [len(data), len(data) + len(values)]
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": span}
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": span}
         data += values
     text = json.dumps(header).encode()
     with open(path, "wb") as f:

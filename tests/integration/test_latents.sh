@@ -37,17 +37,24 @@ cmp clips.h5 whole.h5 || fail "a second call changed the file"
 expect 0 'results' "$f" "$study" --only A_baseline data=clips.h5 latents=file image_size=32 frames=4 \
     --out study
 
+# kills the command once it has kept a clip more than OLD bytes hold
+killed() { # SIGNAL OLD ARGUMENTS...
+    local signal=$1 old=$2 run
+    shift 2
+    rm -f log
+    "$f" latents clips.h5 --threads 1 "$@" >log 2>&1 &
+    run=$!
+    for _ in $(seq 1500); do [ "$(partial_size)" -gt $((old + 1100)) ] && break; sleep 0.02; done
+    kill -"$signal" $run
+    status=0
+    wait $run || status=$?
+}
+
 # one thread, killed twice, cut within a record, stopped: the same file
 cp plain.h5 clips.h5
 old=256 # bytes before the first clip's 1032
 for signal in KILL KILL TERM; do
-    rm -f log
-    "$f" latents clips.h5 --vae vae.safetensors --threads 1 >log 2>&1 &
-    run=$!
-    for _ in $(seq 1500); do [ "$(partial_size)" -gt $((old + 1100)) ] && break; sleep 0.02; done
-    kill -$signal $run
-    status=0
-    wait $run || status=$?
+    killed $signal "$old" --vae vae.safetensors
     cmp clips.h5 plain.h5 || fail "clips.h5 was touched before the end"
     [ $signal = KILL ] || [ $status = 75 ] || { cat log; fail "status $status after TERM"; }
     truncate -s -5 clips.h5.latents-partial
@@ -77,6 +84,26 @@ expect 0 'made with vae' "$f" latents clips.h5 --vae vae.safetensors --replace
 "$PYTHON" -c 'import h5py; a, b = (h5py.File(p)["latents"][()] for p in ("clips.h5", "whole.h5"))
 assert (a == b).all()'
 
+# unfinished work of other weights survives whatever else is asked for; finished work does not
+weights third.safetensors seed=2
+cp whole.h5 clips.h5
+killed KILL 256 --vae other.safetensors --replace
+[ $status = 137 ] || fail "status $status: not killed in time"
+cp clips.h5.latents-partial kept
+expect 0 'already' "$f" latents clips.h5 --vae vae.safetensors
+expect 2 'clips.h5.latents-partial: keeps unfinished work.*or remove this file' \
+    "$f" latents clips.h5 --vae third.safetensors --replace
+cmp clips.h5.latents-partial kept || fail "work of other weights was lost"
+cmp clips.h5 whole.h5 || fail "changed under unfinished work"
+cp plain.h5 clips.h5
+expect 2 'of other clips: finish that' "$f" latents clips.h5 --vae other.safetensors
+cmp clips.h5.latents-partial kept || fail "work on other clips was lost"
+cp whole.h5 clips.h5
+expect 0 'going on after [1-9]' "$f" latents clips.h5 --vae other.safetensors --replace
+mv kept clips.h5.latents-partial # as if killed before its removal
+expect 0 'already' "$f" latents clips.h5 --vae other.safetensors
+[ ! -e clips.h5.latents-partial ] || fail "finished work was left"
+
 # wrong input: one line, nothing written
 cp plain.h5 clips.h5
 expect 2 'usage: fovea latents' bash -c "! '$f' latents --help; exit 2"
@@ -91,7 +118,13 @@ expect 3 'clips.h5: (is|header)' "$f" latents clips.h5 --vae clips.h5
 head -c 20000 vae.safetensors >cut.safetensors
 expect 3 'cut.safetensors' "$f" latents clips.h5 --vae cut.safetensors
 weights wide.safetensors latents=16
-expect 3 '14.weight has .*16 x 64.* 4 latent channels' "$f" latents clips.h5 --vae wide.safetensors
+expect 3 'wide.safetensors: 14.weight is \[16, 64, 3, 3\], .*\[4, 64, 3, 3\]: name TAESD' \
+    "$f" latents clips.h5 --vae wide.safetensors
+for type in I16 U8 I32 I64; do
+    weights "$type.safetensors" 8.conv.2.bias=$type
+    expect 3 "$type.safetensors: 8.conv.2.bias is of type $type, weights are F64" \
+        "$f" latents clips.h5 --vae "$type.safetensors"
+done
 weights less.safetensors without=9.conv.2.bias
 expect 3 'no tensor 9.conv.2.bias' "$f" latents clips.h5 --vae less.safetensors
 weights more.safetensors with=15.bias

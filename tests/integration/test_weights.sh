@@ -53,7 +53,9 @@ a = first["runs/A_baseline/seed_0/eval/loss_fine"][-1]
 b = second["runs/A_baseline/seed_0/eval/loss_fine"][0]
 assert np.array_equal(a, b), (a, b)
 assert not np.array_equal(first["runs/A_baseline/seed_0/eval/loss_fine"][0], b)
-assert second.attrs["weights"] and len(second.attrs["weights_sha256"]) == 64
+assert second.attrs["weights"]
+sums = second.attrs["weights_sha256"].splitlines()  # of the index and two shards
+assert [len(s) for s in sums] == [64] * 3, sums
 P
 
 # another shape, nothing of ours, a cut file: status 3
