@@ -33,12 +33,12 @@ static void print_file(const FvTensorFile *file) {
     printf("%zu parameters in %zu tensors, %zu bytes\n", parameters, fv_tensors_count(file), bytes);
 }
 
-/* path: a file, or a folder that holds one */
-static FvStatus info_file(const char *path, FvError *err) {
+static FvStatus info_file(const char *path, bool folder, FvError *err) {
     char weights[FV_TEXT], config[FV_TEXT];
     FvTensorFile *file;
-    FV_TRY(fv_folder_find(path, weights, config, err));
-    FV_TRY(fv_tensors_open(weights, &file, err));
+    if (folder)
+        FV_TRY(fv_folder_find(path, weights, config, err));
+    FV_TRY(fv_tensors_open(folder ? weights : path, &file, err));
     print_file(file);
     fv_tensors_close(file);
     return FV_OK;
@@ -121,7 +121,7 @@ FvStatus fv_info(int argc, char **argv, FvError *err) {
     } else if (named < 1 || named > 2) {
         status = FV_FAIL(err, FV_USAGE, "%s", usage);
     } else if (folder || fv_tensors_recognise(files[0])) {
-        status = named == 1 && count == 0 ? info_file(files[0], err)
+        status = named == 1 && count == 0 ? info_file(files[0], folder, err)
                                           : FV_FAIL(err, FV_USAGE,
                                                     "%s: holds weights; a study comes before them: "
                                                     "fovea info STUDY.yaml %s",

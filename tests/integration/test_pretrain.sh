@@ -161,3 +161,34 @@ expect 3 'a step needs batch=4 clips, there are 3' "$FOVEA" pretrain procedural 
     --out "$TMPDIR/no"
 expect 4 'loss .*not finite; lower lr' "$FOVEA" pretrain procedural "${short[@]}" steps=40 lr=1000 \
     lr_end=1000 warmup_steps=0 clip_norm=1e30 --out "$TMPDIR/no"
+"$FOVEA" pretrain procedural "${short[@]}" locals=0 crop_area=0.04 --out "$TMPDIR/large" \
+    >"$TMPDIR/log" 2>&1 || { cat "$TMPDIR/log"; fail "small crops are asked for where there are none"; }
+
+# a folder that holds something else keeps it, --fresh or not
+mkdir "$TMPDIR/model"
+cp "$TMPDIR/a/config.json" "$TMPDIR/a/model.safetensors" "$TMPDIR/model"
+for fresh in '' --fresh; do
+    # shellcheck disable=SC2086
+    expect 2 'holds a model that pretrain has not made' \
+        "$FOVEA" pretrain procedural "${short[@]}" locals=3 --out "$TMPDIR/model" $fresh
+    # shellcheck disable=SC2086
+    expect 2 'holds a study' \
+        "$FOVEA" pretrain procedural "${short[@]}" --out "$TMPDIR/study" $fresh
+    # shellcheck disable=SC2086
+    expect 2 'holds a pretrained encoder' "$FOVEA" "$tiny" --only A_baseline --out "$TMPDIR/a" $fresh
+done
+cmp "$TMPDIR/a/model.safetensors" "$TMPDIR/model/model.safetensors"
+[ -f "$TMPDIR/study/results.h5" ] || fail "a study's results are gone"
+
+# clips of which none is held out will do
+"$FOVEA" prepare procedural -o "$TMPDIR/all.h5" --size 16 --frames 2 --clips-train 20 \
+    --clips-held-out 2 >"$TMPDIR/log" 2>&1
+"$PYTHON" -c 'import sys, h5py; h5py.File(sys.argv[1], "r+")["split"][:] = 0' "$TMPDIR/all.h5"
+pretrain "$TMPDIR/all.h5" "${short[@]}" --out "$TMPDIR/from-all"
+
+# a loss that is not finite: one line of one rank, and no abort
+expect 4 'not finite; lower lr' mpirun --oversubscribe -np 2 "$FOVEA" pretrain procedural \
+    "${short[@]}" warmup_steps=0 clip_norm=1e30 lr=1e3 steps=300 --out "$TMPDIR/wild"
+[ "$(grep -c 'not finite' "$TMPDIR/out")" = 1 ] || { cat "$TMPDIR/out"; fail "told twice"; }
+grep -q 'MPI_ABORT' "$TMPDIR/out" && fail "an abort banner"
+true

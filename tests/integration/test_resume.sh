@@ -71,3 +71,24 @@ import sys, h5py, numpy as np
 a, b = (h5py.File(p)["runs/A_baseline/seed_0/loss_fine"][()] for p in sys.argv[1:])
 assert len(a) == 60 and np.array_equal(a, b)
 P
+
+# all checkpoints damaged: it starts over, and the new ones are kept although their steps are lower
+for file in "$folder"/checkpoint-*.safetensors; do truncate -s -100 "$file"; done
+rm "$folder/history.safetensors"
+# shellcheck disable=SC2086
+"$FOVEA" "$tiny" $steps --only A_baseline --out "$TMPDIR/damaged" >"$TMPDIR/log" 2>&1 &
+run=$!
+for _ in $(seq 200); do
+    ls "$folder"/checkpoint-000000000[1-9].safetensors "$folder"/checkpoint-00000000[1-4]?.safetensors \
+        >"$TMPDIR/early" 2>/dev/null || true
+    [ -s "$TMPDIR/early" ] && break
+    sleep 0.01
+done
+kill -KILL $run 2>/dev/null || true
+wait $run 2>/dev/null || true
+# shellcheck disable=SC2086
+"$FOVEA" "$tiny" $steps --only A_baseline --out "$TMPDIR/damaged" >"$TMPDIR/log" 2>&1
+grep -q "passed over" "$TMPDIR/log" && { cat "$TMPDIR/log"; fail "a damaged checkpoint was kept"; }
+for file in "$folder"/checkpoint-*.safetensors; do
+    "$FOVEA" info "$file" >/dev/null || fail "$file is damaged"
+done

@@ -64,3 +64,19 @@ expect 3 'another shape' "$FOVEA" "$tiny" query_width=9 --only A_baseline "init_
 head -c 1000 "$model" >"$TMPDIR/cut.safetensors"
 expect 3 'cut.safetensors' "$FOVEA" "$tiny" --only A_baseline \
     "init_from=$TMPDIR/cut.safetensors" --out "$TMPDIR/no2"
+
+# folders as well as files; what is missing is told before anything runs, by --dry-run too
+folder=$TMPDIR/first/A_baseline/seed_0
+expect 0 'parameters in' "$FOVEA" info "$folder"
+expect 0 'usage: fovea info' "$FOVEA" info --help
+expect 3 'nosuch: no such file or folder' "$FOVEA" "$tiny" dino_from=nosuch --dry-run
+
+# weights that have changed under their name do not go into an old OUT
+cp "$model" "$TMPDIR/start.safetensors"
+run_tiny "$TMPDIR/third" --only A_baseline "init_from=$TMPDIR/start.safetensors"
+cp "$TMPDIR/second/A_baseline/seed_0/model.safetensors" "$TMPDIR/start.safetensors"
+expect 2 'start.safetensors: has changed since' "$FOVEA" "$tiny" \
+    "init_from=$TMPDIR/start.safetensors" --out "$TMPDIR/third"
+(cd "$TMPDIR/third" && sha256sum -c weights.sha256) >/dev/null 2>&1 && fail "weights.sha256 agrees"
+run_tiny "$TMPDIR/third" --only A_baseline "init_from=$TMPDIR/start.safetensors" --fresh
+(cd "$TMPDIR/third" && sha256sum -c weights.sha256) >/dev/null || fail "weights.sha256 is wrong"
