@@ -252,15 +252,16 @@ static FvStatus build(FvDistill *d, FvError *err) {
     d->local = encoder_of(d, &d->student, local_count(d), d->c.local_size, true);
     d->taught = encoder_of(d, &d->teacher, global_count(d), d->c.size, false);
     d->head = (Head){.w = &d->student_head, .rows = row_count(d)};
-    d->teacher_out = (Head){.w = &d->teacher_head, .rows = global_count(d) + hidden_count(d)};
+    d->teacher_out =
+        (Head){.w = &d->teacher_head, .rows = fv_add(global_count(d), hidden_count(d))};
     FV_TRY(fv_encoder_weights_create(&d->student, d->c.layers, err));
     FV_TRY(fv_encoder_weights_create(&d->teacher, d->c.layers, err));
     FV_TRY(fv_encoder_create(&d->global, err));
     FV_TRY(fv_encoder_create(&d->local, err));
     FV_TRY(fv_encoder_create(&d->taught, err));
     declare(d);
-    d->host = calloc(row_count(d) + d->teacher_out.rows, sizeof *d->host);
-    d->host_rows = calloc(hidden_count(d) + 1, sizeof *d->host_rows);
+    d->host = calloc(fv_add(row_count(d), d->teacher_out.rows), sizeof *d->host);
+    d->host_rows = calloc(fv_add(hidden_count(d), 1), sizeof *d->host_rows);
     if (d->params.out_of_memory || !d->host || !d->host_rows)
         return FV_FAIL(err, FV_DEVICE, "out of memory for the tables of pretraining");
     FvArena arena = {0};

@@ -625,7 +625,7 @@ static void test_same(void **state) {
              "init_from \"\" (B), now a.safetensors; 1 more: use --fresh",
              other_path);
     const char *many =
-        DIFFERENCE(kept, kept, "steps=9", "batch=4", "B.init_from=a.safetensors", "patch=16");
+        DIFFERENCE(kept, kept, "steps=9", "batch=4", "B.init_from=a.safetensors", "query_width=16");
     if (strncmp(many, expected, strlen(expected)) != 0)
         fail_msg("%s", many);
     assert_non_null(strstr(DIFFERENCE(kept, kept, "seeds=0"), "has seed 1, which is missing now"));
