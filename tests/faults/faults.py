@@ -142,7 +142,7 @@ FAULTS = [
         "ops->copy(m->be, frames * w, m->dvisual, m->dvisual_in);",
     ),
     # --- encoder ---
-    one("epsilon of LayerNorm", "src/model/parts.h", "_EPS 1e-6", "_EPS 1e-5"),
+    one("epsilon of LayerNorm", "src/model/encoder.h", "_EPS 1e-6", "_EPS 1e-5"),
     one(
         "mean term missing in the gradient of LayerNorm",
         "src/backend/cpu_norm.c",
@@ -161,11 +161,12 @@ FAULTS = [
         "w->fc2_w.g, w->fc2_b.g)",
         "w->fc2_w.g, NULL)",
     ),
-    one(
+    Fault(
         "frozen encoder trained",
-        ENCODER,
-        "c->freeze_dino ? FV_FROZEN : FV_TRAINED",
-        "FV_TRAINED",
+        [
+            Edit(MODEL, "c->vision && c->freeze_dino ? FV_FROZEN : visual", "visual"),
+            Edit(MODEL, ".trained = config->vision && !config->freeze_dino", ".trained = config->vision"),
+        ],
     ),
     # --- language model ---
     one(
