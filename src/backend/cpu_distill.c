@@ -6,25 +6,39 @@
 static const double ns_per_element = 1.5;
 static const real least_norm = (real)1e-12; /* as torch.nn.functional.normalize */
 
-typedef struct Distill {
+typedef struct Distill Distill;
+
+/* An operation on rows r .. end - 1. */
+typedef void Rows(const Distill *, size_t r, size_t end);
+
+struct Distill {
     FvTiles split;
+    Rows *rows;
     size_t width, n;
     real temperature, scale;
     const real *x, *centre, *y_in, *norm_in, *dy;
     real *y, *norm;
     double *loss;
     bool add;
-} Distill;
+};
 
-static void run_rows(FvBackend *backend, Distill *t, size_t rows, FvTile *tile) {
-    t->split = fv_split_rows(rows, t->width);
-    fv_cpu_run(fv_cpu(backend), t->split.count, ns_per_element * (double)(rows * t->width), tile,
+static void tile(void *arg, size_t index, size_t thread) {
+    const Distill *t = arg;
+    (void)thread;
+    size_t r = fv_split_start(&t->split, index);
+    t->rows(t, r, r + fv_split_length(&t->split, index));
+}
+
+static void run_rows(FvBackend *backend, Distill *t, size_t count, Rows *rows) {
+    t->split = fv_split_rows(count, t->width);
+    t->rows = rows;
+    fv_cpu_run(fv_cpu(backend), t->split.count, ns_per_element * (double)(count * t->width), tile,
                t);
 }
 
 /* --- unit rows ------------------------------------------------------------------------------ */
 
-FV_SIMD static void normalize_row(size_t n, const real *x, real *y, real *norm) {
+FV_INLINE void normalize_row(size_t n, const real *x, real *y, real *norm) {
     real length = (real)sqrt(fv_ddot(n, x, x));
     real r = 1 / (length > least_norm || length != length ? length : least_norm);
     for (size_t i = 0; i < n; i++)
@@ -32,10 +46,7 @@ FV_SIMD static void normalize_row(size_t n, const real *x, real *y, real *norm) 
     *norm = length;
 }
 
-static void normalize_tile(void *arg, size_t tile, size_t thread) {
-    const Distill *t = arg;
-    (void)thread;
-    size_t r = fv_split_start(&t->split, tile), end = r + fv_split_length(&t->split, tile);
+FV_SIMD static void normalize_rows(const Distill *t, size_t r, size_t end) {
     for (; r < end; r++)
         normalize_row(t->width, t->x + r * t->width, t->y + r * t->width, t->norm + r);
 }
@@ -43,12 +54,12 @@ static void normalize_tile(void *arg, size_t tile, size_t thread) {
 void fv_cpu_normalize(FvBackend *backend, size_t rows, size_t width, const real *x, real *y,
                       real *norm) {
     Distill t = {.width = width, .x = x, .y = y, .norm = norm};
-    run_rows(backend, &t, rows, normalize_tile);
+    run_rows(backend, &t, rows, normalize_rows);
 }
 
 /* dx = (dy - y (y . dy)) / |x|; below the least norm y = x / least and dx = dy / least. */
-FV_SIMD static void normalize_back_row(size_t n, const real *y, real norm, const real *dy, real *dx,
-                                       bool add) {
+FV_INLINE void normalize_back_row(size_t n, const real *y, real norm, const real *dy, real *dx,
+                                  bool add) {
     bool small = norm <= least_norm;
     real r = 1 / (small ? least_norm : norm), dot = small ? 0 : fv_dot(n, y, dy);
     if (add)
@@ -59,10 +70,7 @@ FV_SIMD static void normalize_back_row(size_t n, const real *y, real norm, const
             dx[i] = r * (dy[i] - y[i] * dot);
 }
 
-static void normalize_back_tile(void *arg, size_t tile, size_t thread) {
-    const Distill *t = arg;
-    (void)thread;
-    size_t r = fv_split_start(&t->split, tile), end = r + fv_split_length(&t->split, tile);
+FV_SIMD static void normalize_back_rows(const Distill *t, size_t r, size_t end) {
     for (; r < end; r++)
         normalize_back_row(t->width, t->y_in + r * t->width, t->norm_in[r], t->dy + r * t->width,
                            t->y + r * t->width, t->add);
@@ -71,7 +79,7 @@ static void normalize_back_tile(void *arg, size_t tile, size_t thread) {
 void fv_cpu_normalize_back(FvBackend *backend, size_t rows, size_t width, const real *y,
                            const real *norm, const real *dy, real *dx, bool add) {
     Distill t = {.width = width, .y_in = y, .norm_in = norm, .dy = dy, .y = dx, .add = add};
-    run_rows(backend, &t, rows, normalize_back_tile);
+    run_rows(backend, &t, rows, normalize_back_rows);
 }
 
 /* --- softmax and cross-entropy -------------------------------------------------------------- */
@@ -98,18 +106,11 @@ FV_SIMD static void softmax_rows(const Distill *t, size_t r, size_t end) {
                     t->y + r * t->width, &max);
 }
 
-static void softmax_tile(void *arg, size_t tile, size_t thread) {
-    const Distill *t = arg;
-    (void)thread;
-    size_t r = fv_split_start(&t->split, tile);
-    softmax_rows(t, r, r + fv_split_length(&t->split, tile));
-}
-
 void fv_cpu_softmax(FvBackend *backend, size_t rows, size_t width, double temperature,
                     const real *x, const real *centre, real *p) {
     Distill t = {
         .width = width, .temperature = (real)temperature, .x = x, .centre = centre, .y = p};
-    run_rows(backend, &t, rows, softmax_tile);
+    run_rows(backend, &t, rows, softmax_rows);
 }
 
 /* loss = sum(target) log(sum exp(x / temperature)) - target . x / temperature */
@@ -125,13 +126,6 @@ FV_SIMD static void cross_entropy_rows(const Distill *t, size_t r, size_t end) {
     }
 }
 
-static void cross_entropy_tile(void *arg, size_t tile, size_t thread) {
-    const Distill *t = arg;
-    (void)thread;
-    size_t r = fv_split_start(&t->split, tile);
-    cross_entropy_rows(t, r, r + fv_split_length(&t->split, tile));
-}
-
 void fv_cpu_cross_entropy(FvBackend *backend, size_t rows, size_t width, double temperature,
                           const real *x, const real *target, real *p, double *loss) {
     Distill t = {.width = width,
@@ -140,7 +134,7 @@ void fv_cpu_cross_entropy(FvBackend *backend, size_t rows, size_t width, double 
                  .y_in = target,
                  .y = p,
                  .loss = loss};
-    run_rows(backend, &t, rows, cross_entropy_tile);
+    run_rows(backend, &t, rows, cross_entropy_rows);
 }
 
 FV_SIMD static void cross_entropy_back_rows(const Distill *t, size_t r, size_t end) {
@@ -153,18 +147,11 @@ FV_SIMD static void cross_entropy_back_rows(const Distill *t, size_t r, size_t e
     }
 }
 
-static void cross_entropy_back_tile(void *arg, size_t tile, size_t thread) {
-    const Distill *t = arg;
-    (void)thread;
-    size_t r = fv_split_start(&t->split, tile);
-    cross_entropy_back_rows(t, r, r + fv_split_length(&t->split, tile));
-}
-
 void fv_cpu_cross_entropy_back(FvBackend *backend, size_t rows, size_t width, double temperature,
                                double scale, const real *p, const real *target, real *dx) {
     Distill t = {
         .width = width, .scale = (real)(scale / temperature), .x = p, .y_in = target, .y = dx};
-    run_rows(backend, &t, rows, cross_entropy_back_tile);
+    run_rows(backend, &t, rows, cross_entropy_back_rows);
 }
 
 /* --- the slow copy -------------------------------------------------------------------------- */

@@ -23,7 +23,7 @@ enum {
 struct FvData {
     FvDataInfo info;
     bool procedural, captions;
-    bool training_only; /* held-out clips are not needed */
+    bool pixels_only; /* neither held-out clips nor targets are needed */
     uint64_t seed;
     FvClipFile file;               /* the file source */
     size_t clips;                  /* of both splits */
@@ -94,7 +94,8 @@ FvStatus fv_data_read(FvData *d, FvSplit split, uint32_t clip, FvBatch *batch, s
     size_t number = d->number[split][clip];
     uint8_t *pixels = batch->pixels + slot * clip_pixels(d);
     FV_TRY(read_pixels(d, number, pixels, err));
-    FV_TRY(read_latents(d, number, pixels, batch->latents + slot * clip_latents(d), err));
+    if (!d->pixels_only)
+        FV_TRY(read_latents(d, number, pixels, batch->latents + slot * clip_latents(d), err));
     int32_t *tokens = batch->tokens + slot * batch->max_text;
     memset(tokens, 0, batch->max_text * sizeof *tokens);
     batch->token_count[slot] = d->captions ? d->token_count[number] : 0;
@@ -274,7 +275,7 @@ static FvStatus number_clips(FvData *d, size_t batch, FvError *err) {
         return FV_FAIL(err, FV_DEVICE, "%s: out of memory for %zu clips", d->info.source, d->clips);
     d->number[FV_TRAIN] = number; /* the block behind both */
     FV_TRY(status);
-    for (int s = FV_TRAIN; s <= (d->training_only ? FV_TRAIN : FV_HELD_OUT); s++)
+    for (int s = FV_TRAIN; s <= (d->pixels_only ? FV_TRAIN : FV_HELD_OUT); s++)
         if (d->info.count[s] == 0)
             return FV_FAIL(err, FV_DATA,
                            "%s: no %s clips (/split is nowhere %d): prepare the file "
@@ -358,7 +359,7 @@ static FvStatus fill(FvData *d, const FvConfig *config, FvError *err) {
     if (!d->procedural)
         FV_TRY(load_file(d, config->lm_vocab, err));
     double *sums = NULL;
-    if (!file_latents(d)) {
+    if (!file_latents(d) && !d->pixels_only) {
         sums = calloc(fv_mul(d->clips, 2 * FV_LATENT_CHANNELS), sizeof *sums);
         if (!sums)
             return FV_FAIL(err, FV_DEVICE, "%s: out of memory for %zu clips", d->info.source,
@@ -386,12 +387,12 @@ static FvData *create(void) {
     return d;
 }
 
-static FvStatus open_data(const FvConfig *config, bool training_only, FvData **out, FvError *err) {
+static FvStatus open_data(const FvConfig *config, bool pixels_only, FvData **out, FvError *err) {
     *out = NULL;
     FvData *d = create();
     if (!d)
         return FV_FAIL(err, FV_DEVICE, "out of memory");
-    d->training_only = training_only;
+    d->pixels_only = pixels_only;
     FvStatus status = describe(d, config, err);
     if (status == FV_OK)
         status = fill(d, config, err);
@@ -407,7 +408,7 @@ FvStatus fv_data_open(const FvConfig *config, FvData **out, FvError *err) {
     return open_data(config, false, out, err);
 }
 
-FvStatus fv_data_open_training(const FvConfig *config, FvData **out, FvError *err) {
+FvStatus fv_data_open_pixels(const FvConfig *config, FvData **out, FvError *err) {
     return open_data(config, true, out, err);
 }
 

@@ -54,6 +54,7 @@ typedef struct Pretrain {
     int lock; /* rank 0: of OUT */
     FvGroup group;
     FvData *data;
+    char *settings;            /* everything that decides the result, as text */
     size_t frames, frame_size; /* of the clips: T, and pixels per side */
     FvBackend *be;
     FvDistill *model;
@@ -100,11 +101,14 @@ static FvStatus open_data(Pretrain *p, FvError *err) {
         d.image_size = file.size;
         fv_clipfile_close(&file);
     }
-    FV_TRY(fv_data_open_training(&d, &p->data, err));
+    FV_TRY(fv_data_open_pixels(&d, &p->data, err));
     const FvDataInfo *info = fv_data_info(p->data);
     p->frames = info->frames;
     p->frame_size = info->size;
     FV_TRY(fv_order_create(c->seed, info->count[FV_TRAIN], c->batch, &p->order, err));
+    p->settings = fv_pretrain_describe(c, info->sha256);
+    if (!p->settings)
+        return FV_FAIL(err, FV_DEVICE, "out of memory");
     return fv_batch_create(1, info, 1, &p->clip, err);
 }
 
@@ -128,13 +132,7 @@ static FvStatus open_out(Pretrain *p, FvError *err) {
                        "%s: holds %s that pretrain has not made; choose another --out", p->out,
                        fv_outdir_has(p->out, "study.yaml") ? "a study" : "a model");
     FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
-    if (p->in->options.fresh || !begun)
-        return FV_OK;
-    char *text = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
-    FvStatus status =
-        text ? fv_pretrain_same(path, text, err) : FV_FAIL(err, FV_DEVICE, "out of memory");
-    free(text);
-    return status;
+    return p->in->options.fresh || !begun ? FV_OK : fv_pretrain_same(path, p->settings, err);
 }
 
 /* Once the settings are known to run: what was there goes when --fresh asks for it. */
@@ -146,12 +144,7 @@ static FvStatus keep_out(Pretrain *p, FvError *err) {
         FV_TRY(fv_outdir_clear(p->out, ours, err));
     FV_TRY(fv_remove_temporaries(p->out, err));
     FV_TRY(fv_path(err, path, sizeof path, "%s/pretrain.yaml", p->out));
-    char *text = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
-    if (!text)
-        return FV_FAIL(err, FV_DEVICE, "out of memory");
-    FvStatus status = fv_file_write(path, &(FvBytes){text, strlen(text)}, 1, err);
-    free(text);
-    return status;
+    return fv_file_write(path, &(FvBytes){p->settings, strlen(p->settings)}, 1, err);
 }
 
 /* --- state ---------------------------------------------------------------------------------- */
@@ -262,15 +255,10 @@ static FvStatus create(Pretrain *p, FvError *err) {
     bool ok = p->clips && p->globals && p->locals && p->masked && p->order_of_patches;
     for (size_t i = 0; i < COLUMN_COUNT; i++)
         ok = (p->column[i] = calloc(c->steps, sizeof(double))) && ok;
-    char *settings = fv_pretrain_describe(&p->c, fv_data_info(p->data)->sha256);
-    if (!ok || !settings) {
-        free(settings);
+    if (!ok)
         return FV_FAIL(err, FV_DEVICE, "out of memory for pretraining");
-    }
-    FvStatus status = fv_checkpointer_create(p->out, settings, fv_distill_params(p->model), p->be,
-                                             COLUMN_COUNT, &p->checkpointer, err);
-    free(settings);
-    return status;
+    return fv_checkpointer_create(p->out, p->settings, fv_distill_params(p->model), p->be,
+                                  COLUMN_COUNT, &p->checkpointer, err);
 }
 
 /* --- one step ------------------------------------------------------------------------------- */
@@ -477,6 +465,7 @@ FvStatus fv_pretrain(const FvInvocation *in, bool *speaker, bool *abort, FvError
     fv_outdir_close(p.lock);
     for (size_t i = 0; i < COLUMN_COUNT; i++)
         free(p.column[i]);
+    free(p.settings);
     free(p.clips);
     free(p.globals);
     free(p.locals);
