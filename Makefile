@@ -5,8 +5,10 @@ NP ?= 1
 ARGS ?=
 CFLAGS ?= -O3 -g
 WARNINGS := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla
+HOST_WARNINGS := -Wall -Wextra -Wshadow
 ifeq ($(WERROR),1)
 WARNINGS += -Werror
+HOST_WARNINGS += -Werror
 endif
 ifeq ($(origin CC),default)
 CC := gcc
@@ -19,7 +21,7 @@ ifeq ($(shell id -u),0)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
-export CC WERROR
+export CC WERROR CUDA
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
@@ -45,7 +47,7 @@ PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% 
 TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
-C_FILES := $(SOURCES) $(wildcard src/*/*.h tests/unit/*.[ch] tests/fuzz/*.[ch] \
+C_FILES := $(SOURCES) $(wildcard src/*/*.h cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/cuda_host/* tests/unit/*.[ch] tests/fuzz/*.[ch] \
                                 tests/speed/*.c tests/reference/*.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
@@ -53,7 +55,7 @@ FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/ru
                        src/run/config.c src/run/study% src/run/model_folder.c \
                        src/run/hf_config.c,$(PARTS))
 
-CPPFLAGS += -D_GNU_SOURCE -Isrc -I$(B) $(if $(FFMPEG_FOUND),-DFV_FFMPEG) $(MPI_CFLAGS) \
+CPPFLAGS += -D_GNU_SOURCE -Isrc -I. -I$(B) $(if $(FFMPEG_FOUND),-DFV_FFMPEG) $(MPI_CFLAGS) \
             $(HDF5_CFLAGS) $(OPENBLAS_CFLAGS) $(YAML_CFLAGS) $(JANSSON_CFLAGS) $(XXHASH_CFLAGS) \
             $(if $(FFMPEG_FOUND),$(FFMPEG_CFLAGS)) $(CMOCKA_CFLAGS)
 LIBS := $(MPI_LIBS) $(HDF5_LIBS) $(OPENBLAS_LIBS) $(YAML_LIBS) $(JANSSON_LIBS) $(XXHASH_LIBS) \
@@ -61,11 +63,29 @@ LIBS := $(MPI_LIBS) $(HDF5_LIBS) $(OPENBLAS_LIBS) $(YAML_LIBS) $(JANSSON_LIBS) $
 # Sums keep their order; only errno and trap flags, which nothing reads, are given up.
 LANGUAGE := -std=c11 -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARNINGS)
 
+# --- GPU -----------------------------------------------------------------------------------------
+# Where the CUDA Toolkit is found; make CUDA=0 leaves it out (after make clean). Kernels for A100,
+# RTX 40 and H100, and PTX for what comes after.
+CUDA_SOURCES := $(sort $(wildcard cuda/*.c cuda/*.cu))
+CUDA_OBJECTS := $(CUDA_SOURCES:%=$(B)/gpu/%.o) $(B)/gpu/src/run/device.c.o
+OBJECTS := $(if $(CUDA_FOUND),$(CUDA_OBJECTS) $(filter-out %/device.o,$(SOURCES:%.c=$(B)/f32/%.o)),\
+                              $(SOURCES:%.c=$(B)/f32/%.o))
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Isrc -I. -Xcompiler=-Wall,-Wextra,-ffp-contract=off \
+              $(if $(WERROR),-Werror all-warnings) \
+              -gencode arch=compute_80,code=sm_80 -gencode arch=compute_89,code=sm_89 \
+              -gencode arch=compute_90,code=[sm_90,compute_90]
+$(B)/gpu/%.c.o: %.c $(B)/config.mk | $(B)/revision.h
+	@mkdir -p $(@D)
+	$(CC) $(LANGUAGE) $(CFLAGS) -DFV_CUDA $(CPPFLAGS) $(CUDA_CFLAGS) -MMD -MP -c $< -o $@
+$(B)/gpu/%.cu.o: %.cu $(B)/config.mk
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@
+
 # --- program -------------------------------------------------------------------------------------
 all: fovea
 
-fovea: $(SOURCES:%.c=$(B)/f32/%.o)
-	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
+fovea: $(OBJECTS)
+	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(if $(CUDA_FOUND),$(CUDA_LIBS)) -o $@
 
 # One folder of objects per variant: float (the program), double (gradients), sanitizers.
 FLAGS_f32 := $(CFLAGS)
@@ -103,6 +123,23 @@ $(B)/revision.h: FORCE
 
 -include $(shell find $(B) -name '*.d' 2>/dev/null)
 
+# --- the GPU's kernels on the CPU ------------------------------------------------------------------
+# The backend in cuda/, its own source, against the stand-in for CUDA in tests/cuda_host, under the
+# sanitizers: the suite of operations.
+HOST_TESTS := $(patsubst tests/unit/%.c,$(B)/host/%,$(filter-out %/test_ops_backend.c,$(filter tests/unit/test_ops%,$(TESTS_F64))))
+HOST_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+HOST_CPPFLAGS := -DFV_TEST_CUDA -Itests/cuda_host -Itests/unit $(CPPFLAGS)
+HOST_CUDA := $(patsubst %,$(B)/host/%.o,$(wildcard cuda/*.c cuda/*.cu tests/cuda_host/*.c tests/cuda_host/*.cpp))
+$(B)/host/%.c.o: %.c $(B)/config.mk | $(B)/revision.h
+	@mkdir -p $(@D)
+	$(CC) $(LANGUAGE) $(HOST_FLAGS) $(HOST_CPPFLAGS) -MMD -MP -c $< -o $@
+$(B)/host/%.o: % $(B)/config.mk
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -x c++ -ffp-contract=off $(HOST_WARNINGS) $(HOST_FLAGS) $(HOST_CPPFLAGS) -MMD -MP -c $< -o $@
+$(B)/host/test_%: $(B)/host/tests/unit/test_%.c.o $(SHARED:%=$(B)/host/%.o) $(HOST_CUDA) \
+                  $(PARTS_F64:%=$(B)/host/%.o)
+	$(CXX) $(HOST_FLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) -o $@
+
 # --- running -------------------------------------------------------------------------------------
 run:
 	@scripts/configure install build
@@ -137,7 +174,7 @@ F32_TESTS := $(TESTS:tests/unit/%.c=$(B)/f32/%)
 F64_TESTS := $(TESTS_F64:tests/unit/%.c=$(B)/f64/%)
 # test_step_memory.c counts allocations in a way that the sanitizers' allocator does not allow.
 SAN_TESTS := $(filter-out %/test_step_memory,$(TESTS:tests/unit/%.c=$(B)/san/%))
-tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(FUZZERS)
+tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(FUZZERS)
 
 sanitize: $(SAN_TESTS)
 	@tests/run sanitize

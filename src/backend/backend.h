@@ -57,6 +57,8 @@ typedef struct FvAdamW {
 } FvAdamW;
 
 typedef struct FvOps {
+    void (*destroy)(FvBackend *);
+
     /* --- memory; upload and download take host pointers ------------------------------------- */
     FvStatus (*alloc)(FvBackend *, size_t bytes, void **out, FvError *); /* zeroed, FV_ALIGN */
     void (*release)(FvBackend *, void *);
@@ -214,11 +216,17 @@ struct FvBackend {
     const FvOps *ops;
     const char *name;     /* "cpu" */
     char description[96]; /* processor or GPU, as the tables print it */
+    bool on_host;         /* the host may read and write its memory between operations */
 };
+
+/* Frees a backend of any kind; NULL is fine. What was allocated from it is released before. */
+static inline void fv_backend_destroy(FvBackend *backend) {
+    if (backend)
+        backend->ops->destroy(backend);
+}
 
 /* threads >= 1, counting the caller, which computes too. One backend serves one job at a time. */
 FvStatus fv_cpu_backend_create(size_t threads, FvBackend **out, FvError *err);
-void fv_cpu_backend_destroy(FvBackend *);
 
 /* OpenBLAS before 0.3.24 does not know newer processors and falls back to AVX2 kernels at half the
  * speed. Name of the kernels (OPENBLAS_CORETYPE, read when the library is loaded) that suit this

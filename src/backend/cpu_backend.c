@@ -101,7 +101,19 @@ static FvStatus cpu_sync(FvBackend *backend, FvError *err) {
 
 /* --- creation -------------------------------------------------------------------------------- */
 
+static void cpu_destroy(FvBackend *backend) {
+    FvCpu *cpu = fv_cpu(backend);
+    for (size_t t = 0; t < fv_pool_threads(cpu->pool); t++)
+        free(cpu->own[t].data);
+    fv_pool_destroy(cpu->pool);
+    free(cpu->own);
+    free(cpu->shared.data);
+    free(cpu->rope.table.data);
+    free(cpu);
+}
+
 static const FvOps cpu_ops = {
+    .destroy = cpu_destroy,
     .alloc = cpu_alloc,
     .release = cpu_release,
     .upload = cpu_transfer,
@@ -200,6 +212,7 @@ FvStatus fv_cpu_backend_create(size_t threads, FvBackend **out, FvError *err) {
     openblas_set_num_threads(1); /* threads are ours, above BLAS */
     cpu->base.ops = &cpu_ops;
     cpu->base.name = "cpu";
+    cpu->base.on_host = true;
     cpu->own = own;
     fill_pixel_table(cpu);
     char name[64];
@@ -208,17 +221,4 @@ FvStatus fv_cpu_backend_create(size_t threads, FvBackend **out, FvError *err) {
              threads == 1 ? "" : "s");
     *out = &cpu->base;
     return FV_OK;
-}
-
-void fv_cpu_backend_destroy(FvBackend *backend) {
-    if (!backend)
-        return;
-    FvCpu *cpu = fv_cpu(backend);
-    for (size_t t = 0; t < fv_pool_threads(cpu->pool); t++)
-        free(cpu->own[t].data);
-    fv_pool_destroy(cpu->pool);
-    free(cpu->own);
-    free(cpu->shared.data);
-    free(cpu->rope.table.data);
-    free(cpu);
 }

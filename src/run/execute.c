@@ -27,6 +27,7 @@ typedef struct Session {
     bool *wanted; /* [jobs] */
     int lock;     /* rank 0: of OUT */
     size_t threads;
+    FvDevice device;
     FvData **data;               /* [experiments]; experiments with equal data share one */
     const FvDataInfo **info;     /* [experiments] */
     uint8_t **map_pixels;        /* rank 0, [experiments], shared like data */
@@ -197,18 +198,20 @@ static void close_data(Session *s) {
 
 typedef struct RankLine {
     char host[FV_HOST];
-    size_t local_rank, threads, group;
+    size_t group;
+    char device[96];
 } RankLine;
 
 static FvStatus tell_ranks(Session *s, FvError *err) {
     const FvWorld *w = &s->in->world;
-    RankLine mine = {.local_rank = w->local_rank, .threads = s->threads, .group = s->group.index};
+    RankLine mine = {.group = s->group.index};
     RankLine *all = w->rank == 0 ? calloc(w->size + 1, sizeof *all) : NULL;
     snprintf(mine.host, sizeof mine.host, "%s", w->host);
+    snprintf(mine.device, sizeof mine.device, "%s", s->device.text);
     fv_world_gather(&mine, sizeof mine, all);
     if (w->rank != 0)
         return FV_OK;
-    size_t room = fv_add(fv_mul(w->size, 160), 1), used = 0, jobs = 0;
+    size_t room = fv_add(fv_mul(w->size, 240), 1), used = 0, jobs = 0;
     s->hosts = calloc(room, 1);
     if (!all || !s->hosts) {
         free(all);
@@ -216,21 +219,22 @@ static FvStatus tell_ranks(Session *s, FvError *err) {
     }
     for (size_t j = 0; j < job_count(s); j++)
         jobs += s->wanted[j];
+    int wide = 16;
+    for (size_t r = 0; r < w->size; r++)
+        wide = (int)strlen(all[r].device) > wide ? (int)strlen(all[r].device) : wide;
     size_t at_once = s->group.count * s->group.slots;
-    fv_display_log(s->display, "%-5s %-20s %-16s %-6s %s", "rank", "host", "device", "group",
+    fv_display_log(s->display, "%-5s %-20s %-*s %-6s %s", "rank", "host", wide, "device", "group",
                    "jobs");
     for (size_t r = 0; r < w->size; r++) {
-        char device[32], does[48];
-        snprintf(device, sizeof device, "cpu, %zu thread%s", all[r].threads,
-                 all[r].threads == 1 ? "" : "s");
+        char does[48];
         if (all[r].group * s->group.slots >= jobs)
             snprintf(does, sizeof does, "idle: there are only %zu jobs", jobs);
         else
             snprintf(does, sizeof does, "%zu at a time", s->group.slots);
-        fv_display_log(s->display, "%-5zu %-20s %-16s %-6zu %s", r, all[r].host, device,
+        fv_display_log(s->display, "%-5zu %-20s %-*s %-6zu %s", r, all[r].host, wide, all[r].device,
                        all[r].group, does);
         used += (size_t)snprintf(s->hosts + used, room - used, "rank %zu: %.*s, %s, group %zu\n", r,
-                                 64, all[r].host, device, all[r].group);
+                                 64, all[r].host, all[r].device, all[r].group);
     }
     if (at_once < jobs)
         fv_display_log(s->display,
@@ -342,6 +346,7 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
                  .coordinator = s->coordinator,
                  .data = s->data,
                  .threads = s->threads > s->group.slots ? s->threads / s->group.slots : 1,
+                 .device = s->device,
                  .stop = s->in->stop};
     Slot *slots = calloc(s->group.slots, sizeof *slots);
     pthread_t *threads = calloc(s->group.slots, sizeof *threads);
@@ -441,6 +446,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     TOGETHER(read_study(s, err));
     size_t cores = fv_claim_cores(w);
     s->threads = o->threads ? o->threads : cores;
+    TOGETHER(fv_device_choose(o->device, w, s->threads, &s->device, err));
     if (o->list || o->dry_run) {
         if (w->rank == 0)
             made = o->list ? list_jobs(s) : fv_plan_print(&s->study, w, o, s->threads, s->out, err);

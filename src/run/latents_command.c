@@ -318,7 +318,7 @@ FvStatus fv_latents_command(int argc, char **argv, FvError *err) {
     fv_partial_close(&r.partial);
     fv_clipfile_close(&r.clips);
     fv_taesd_destroy(r.net);
-    fv_cpu_backend_destroy(r.be);
+    fv_backend_destroy(r.be);
     free(r.pixels);
     free(r.latents);
     fv_signals_release(&r.signals);

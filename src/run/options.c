@@ -81,8 +81,6 @@ static FvStatus check(const FvOptions *o, FvError *err) {
     const char *d = o->device;
     if (strcmp(d, "auto") != 0 && strcmp(d, "cpu") != 0 && strcmp(d, "cuda") != 0)
         return FV_FAIL(err, FV_USAGE, "--device %s: auto, cuda or cpu", d);
-    if (strcmp(d, "cuda") == 0)
-        return FV_FAIL(err, FV_DEVICE, "--device cuda: this build has no CUDA backend; use cpu");
     return FV_OK;
 }
 

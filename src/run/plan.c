@@ -110,7 +110,7 @@ static FvStatus trial(const FvModelConfig *c, size_t threads, double *step, doub
         *evaluation = time_steps(m, &batch, false);
     }
     fv_model_destroy(m);
-    fv_cpu_backend_destroy(be);
+    fv_backend_destroy(be);
     fv_batch_free(&batch);
     return status;
 }

@@ -456,7 +456,7 @@ FvStatus fv_pretrain(const FvInvocation *in, bool *speaker, bool *abort, FvError
     fv_checkpointer_destroy(p.checkpointer);
     fv_distill_destroy(p.model);
     if (p.be)
-        fv_cpu_backend_destroy(p.be);
+        fv_backend_destroy(p.be);
     fv_order_free(&p.order);
     fv_batch_free(&p.clip);
     fv_data_close(p.data);

@@ -45,6 +45,8 @@ static FvStatus check(const FvOptions *o, const FvPretrainConfig *c, size_t rank
         return FV_FAIL(err, FV_DATA,
                        "%s: %s: name a file made by `fovea prepare`, or procedural for drawn clips",
                        o->study, strerror(errno));
+    if (strcmp(o->device, "cuda") == 0)
+        return FV_FAIL(err, FV_DEVICE, "pretrain computes on the processor; use --device cpu");
     if (o->only || o->list || o->dry_run || o->jobs_per_rank > 1 || o->ranks_per_experiment > 1)
         return FV_FAIL(err, FV_USAGE,
                        "pretrain takes --out, --threads, --device and --fresh; all "

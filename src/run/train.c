@@ -25,6 +25,7 @@ typedef struct FvTrainer {
     FvBackend *be;
     FvModelConfig c;
     FvModel *model;
+    real *staging; /* parameters on their way to MPI, where the host cannot reach them */
     FvEvaluator *evaluator;
     FvLoader *loader;
     FvCheckpointer *checkpointer;
@@ -163,14 +164,55 @@ static FvStatus restore(FvTrainer *t, FvError *err) {
     return FV_OK;
 }
 
+/* --- the group ------------------------------------------------------------------------------ */
+
+/* What MPI can read: the backend's memory itself where the host reaches it, else a copy. */
+static FvStatus to_host(FvTrainer *t, real *x, size_t count, real **host, FvError *err) {
+    *host = x;
+    if (t->be->on_host)
+        return FV_OK;
+    if (!t->staging)
+        t->staging = malloc(fv_mul(fv_model_params(t->model)->memory, sizeof(real)));
+    if (!t->staging)
+        return FV_FAIL(err, FV_DEVICE, "out of memory for sending parameters");
+    *host = t->staging;
+    t->be->ops->download(t->be, *host, x, count * sizeof(real));
+    return t->be->ops->sync(t->be, err);
+}
+
+static void from_host(FvTrainer *t, real *x, size_t count, const real *host) {
+    if (host != x)
+        t->be->ops->upload(t->be, x, host, count * sizeof(real));
+}
+
+static FvStatus share_block(FvTrainer *t, real *x, size_t count, FvError *err) {
+    real *host;
+    if (t->run->group->size == 1)
+        return FV_OK;
+    FV_TRY(to_host(t, x, count, &host, err));
+    FV_TRY(fv_group_broadcast(t->run->group, t->slot, host, count * sizeof(real), err));
+    from_host(t, x, count, host);
+    return FV_OK;
+}
+
 /* The root's state becomes everyone's. */
 static FvStatus share(FvTrainer *t, FvError *err) {
-    const FvGroup *g = t->run->group;
     FvParams *p = fv_model_params(t->model);
-    FV_TRY(fv_group_broadcast(g, t->slot, &t->step, sizeof t->step, err));
-    FV_TRY(fv_group_broadcast(g, t->slot, p->w, p->memory * sizeof(real), err));
-    FV_TRY(fv_group_broadcast(g, t->slot, p->m, p->trained_memory * sizeof(real), err));
-    return fv_group_broadcast(g, t->slot, p->v, p->trained_memory * sizeof(real), err);
+    FV_TRY(fv_group_broadcast(t->run->group, t->slot, &t->step, sizeof t->step, err));
+    FV_TRY(share_block(t, p->w, p->memory, err));
+    FV_TRY(share_block(t, p->m, p->trained_memory, err));
+    return share_block(t, p->v, p->trained_memory, err);
+}
+
+static FvStatus average_gradients(FvTrainer *t, FvError *err) {
+    FvParams *p = fv_model_params(t->model);
+    real *host;
+    if (t->run->group->size == 1)
+        return FV_OK;
+    FV_TRY(to_host(t, p->g, p->trained_memory, &host, err));
+    FV_TRY(fv_group_average(t->run->group, t->slot, host, p->trained_memory, err));
+    from_host(t, p->g, p->trained_memory, host);
+    return FV_OK;
 }
 
 /* --- one step ------------------------------------------------------------------------------- */
@@ -270,7 +312,6 @@ static FvStatus train_step(FvTrainer *t, bool *stop, FvError *err) {
     double start = fv_now();
     const FvBatch *batch;
     FvModel *m = t->model;
-    FvParams *params = fv_model_params(m);
     FvMeasures measures;
     FvStepMeans means;
 
@@ -280,7 +321,7 @@ static FvStatus train_step(FvTrainer *t, bool *stop, FvError *err) {
     fv_model_coarse(m);
     fv_model_fine(m);
     fv_model_backward(m);
-    FV_TRY(fv_group_average(t->run->group, t->slot, params->g, params->trained_memory, err));
+    FV_TRY(average_gradients(t, err));
     fv_model_norm(m);
     FV_TRY(fv_model_measure(m, &measures, err));
     FV_TRY(average(t, &measures, &means, err));
@@ -341,7 +382,7 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     const FvDataInfo *data = fv_data_info(t->data);
     size_t max_text = strcmp(t->config->text, "captions") == 0 ? data->max_tokens : 1;
     FV_TRY(fv_config_model(t->config, run->group->size, max_text, &t->c, err));
-    FV_TRY(fv_cpu_backend_create(run->threads, &t->be, err));
+    FV_TRY(fv_device_open(&run->device, run->threads, &t->be, err));
     FV_TRY(fv_model_create(&t->c, t->be, &t->model, err));
     FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),
                              data->count[FV_HELD_OUT], t->c.frames, t->config->map_clips,
@@ -404,7 +445,8 @@ static void destroy(FvTrainer *t) {
     fv_checkpointer_destroy(t->checkpointer);
     fv_history_free(&t->history);
     fv_model_destroy(t->model);
-    fv_cpu_backend_destroy(t->be);
+    fv_backend_destroy(t->be);
+    free(t->staging);
 }
 
 FvStatus fv_train(const FvRun *run, size_t slot, size_t job, FvError *err) {

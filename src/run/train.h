@@ -5,6 +5,7 @@
 
 #include "run/coordinator.h"
 #include "run/data.h"
+#include "run/device.h"
 
 /* What the jobs of a rank share. */
 typedef struct FvRun {
@@ -14,7 +15,8 @@ typedef struct FvRun {
     const char *out;
     FvCoordinator *coordinator;
     FvData *const *data; /* [experiments]; experiments with equal data share one */
-    size_t threads;      /* per job */
+    FvDevice device;
+    size_t threads; /* per job, on a processor */
     const volatile sig_atomic_t *stop;
 } FvRun;
 

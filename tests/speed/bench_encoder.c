@@ -43,7 +43,7 @@ static FvStatus run(size_t threads, double seconds, FvError *err) {
     fv_params_free(&params);
     fv_encoder_free(&e);
     fv_encoder_weights_free(&w);
-    fv_cpu_backend_destroy(be);
+    fv_backend_destroy(be);
     return FV_OK;
 }
 

@@ -308,7 +308,7 @@ static bool start(Bench *b, size_t threads) {
 static void stop(Bench *b) {
     for (int i = 0; i < 8; i++)
         b->ops->release(b->be, b->t[i]);
-    fv_cpu_backend_destroy(b->be);
+    fv_backend_destroy(b->be);
 }
 
 int main(int argc, char **argv) {

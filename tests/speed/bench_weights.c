@@ -26,7 +26,7 @@ static FvStatus run(const char *folder, size_t rounds, FvError *err) {
         printf("weights: %zu parameters in %.3f s\n", fv_model_params(m)->total, fv_now() - start);
     }
     fv_model_destroy(m);
-    fv_cpu_backend_destroy(be);
+    fv_backend_destroy(be);
     return FV_OK;
 }
 

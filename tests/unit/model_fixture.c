@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "base/rng.h"
+#include "tested_backend.h"
 
 void fixture_require(bool good, const char *file, int line, const char *format, ...) {
     if (good)
@@ -159,7 +160,7 @@ void fixture_randomize(Fixture *f, uint64_t seed) {
 Fixture fixture_create(const FvModelConfig *c, size_t threads, uint64_t seed, size_t first_clip) {
     FvError err = {0};
     Fixture f = {.c = *c, .batch = fixture_batch_create(c)};
-    succeeds(fv_cpu_backend_create(threads, &f.be, &err), &err);
+    succeeds(tested_backend_create(threads, &f.be, &err), &err);
     succeeds(fv_model_create(c, f.be, &f.model, &err), &err);
     fixture_randomize(&f, seed);
     for (size_t b = 0; b < c->clips; b++)
@@ -169,7 +170,7 @@ Fixture fixture_create(const FvModelConfig *c, size_t threads, uint64_t seed, si
 
 void fixture_destroy(Fixture *f) {
     fv_model_destroy(f->model);
-    fv_cpu_backend_destroy(f->be);
+    fv_backend_destroy(f->be);
     fixture_batch_destroy(&f->batch);
 }
 

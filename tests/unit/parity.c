@@ -9,6 +9,7 @@
 #include "run/model_folder.h"
 #include "run/safetensors.h"
 #include "run/weights.h"
+#include "tested_backend.h"
 
 enum { THREADS = 2 };
 
@@ -119,13 +120,13 @@ FvStatus parity_dinov2(const char *folder, const char *input, Parity *p, FvError
     const FvTensor *pixels;
     *p = (Parity){0};
     FV_TRY(fv_tensors_open(input, &file, err));
-    FV_TRY(fv_cpu_backend_create(THREADS, &be, err));
+    FV_TRY(tested_backend_create(THREADS, &be, err));
     FvStatus status = find_input(file, "pixels", &pixels, err);
     if (status == FV_OK && (pixels->type != FV_U8 || pixels->rank != 4))
         status = FV_FAIL(err, FV_DATA, "%s: pixels must be U8 [frames, S, S, 3]", input);
     if (status == FV_OK)
         status = build_encoder(&c, pixels, be, p, err);
-    fv_cpu_backend_destroy(be);
+    fv_backend_destroy(be);
     fv_tensors_close(file);
     return status;
 }
@@ -185,11 +186,11 @@ FvStatus parity_llama(const char *folder, const char *input, Parity *p, FvError 
     const FvTensor *embeds;
     *p = (Parity){0};
     FV_TRY(fv_tensors_open(input, &file, err));
-    FV_TRY(fv_cpu_backend_create(THREADS, &be, err));
+    FV_TRY(tested_backend_create(THREADS, &be, err));
     FvStatus status = find_input(file, "inputs_embeds", &embeds, err);
     if (status == FV_OK)
         status = build_lm(&c, embeds, be, p, err);
-    fv_cpu_backend_destroy(be);
+    fv_backend_destroy(be);
     fv_tensors_close(file);
     return status;
 }

@@ -12,6 +12,7 @@
 #include "base/rng.h"
 #include "model/distill.h"
 #include "model_fixture.h"
+#include "tested_backend.h"
 
 /* --- a small teacher and student -------------------------------------------------------------- */
 
@@ -101,7 +102,7 @@ static Pair open_pair(const FvDistillConfig *c, size_t threads) {
     Pair p = {.c = *c};
     FvError err;
     size_t globals = 2 * c->images, patches = fv_distill_patches(c);
-    succeeds(fv_cpu_backend_create(threads, &p.be, &err), &err);
+    succeeds(tested_backend_create(threads, &p.be, &err), &err);
     succeeds(fv_distill_create(c, p.be, &p.d, &err), &err);
     p.params = fv_distill_params(p.d);
     succeeds(fv_distill_init(p.d, 1, &err), &err);
@@ -121,7 +122,7 @@ static Pair open_pair(const FvDistillConfig *c, size_t threads) {
 
 static void close_pair(Pair *p) {
     fv_distill_destroy(p->d);
-    fv_cpu_backend_destroy(p->be);
+    fv_backend_destroy(p->be);
     free(p->globals);
     free(p->locals);
     free(p->masked);
@@ -665,7 +666,7 @@ static void test_impossible_sizes_are_refused(void **state) {
                  {one_prototype, "prototypes at least 2"}};
     FvBackend *be;
     FvError err;
-    succeeds(fv_cpu_backend_create(1, &be, &err), &err);
+    succeeds(tested_backend_create(1, &be, &err), &err);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         FvDistillConfig c = small();
         FvDistill *d;
@@ -673,7 +674,7 @@ static void test_impossible_sizes_are_refused(void **state) {
         assert_int_equal(fv_distill_create(&c, be, &d, &err), FV_USAGE);
         REQUIRE(strstr(err.text, cases[i].told) != NULL, "%s", err.text);
     }
-    fv_cpu_backend_destroy(be);
+    fv_backend_destroy(be);
 }
 
 int main(void) {

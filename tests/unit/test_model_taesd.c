@@ -11,6 +11,7 @@
 
 #include "model/taesd.h"
 #include "run/safetensors.h"
+#include "tested_backend.h"
 
 /* Bits 8 .. 31 of a hash of (stream, index), between -1 and 1. */
 static double unit(uint32_t stream, uint32_t index) {
@@ -55,7 +56,7 @@ static Case start(size_t size, size_t threads) {
     snprintf(name, sizeof name, "latents_%zu", size);
     c.latents = fv_tensors_find(c.golden, name);
     assert_true(c.pixels && c.latents);
-    assert_int_equal(fv_cpu_backend_create(threads, &c.be, NULL), FV_OK);
+    assert_int_equal(tested_backend_create(threads, &c.be, NULL), FV_OK);
     assert_int_equal(fv_taesd_create(c.be, size, &c.net, NULL), FV_OK);
     draw_weights(c.net, c.be);
     c.out = calloc(c.latents->count, sizeof *c.out);
@@ -65,7 +66,7 @@ static Case start(size_t size, size_t threads) {
 
 static void stop(Case *c) {
     fv_taesd_destroy(c->net);
-    fv_cpu_backend_destroy(c->be);
+    fv_backend_destroy(c->be);
     fv_tensors_close(c->golden);
     free(c->out);
 }
@@ -135,12 +136,12 @@ static void sizes_that_are_no_multiple_of_8_are_refused(void **state) {
     FvBackend *be;
     FvTaesd *net;
     FvError err = {0};
-    assert_int_equal(fv_cpu_backend_create(1, &be, NULL), FV_OK);
+    assert_int_equal(tested_backend_create(1, &be, NULL), FV_OK);
     assert_int_equal(fv_taesd_create(be, 20, &net, &err), FV_DATA);
     assert_non_null(strstr(err.text, "multiple of 8"));
     assert_int_equal(fv_taesd_create(be, 0, &net, &err), FV_DATA);
     assert_int_equal(fv_taesd_create(be, (size_t)1 << 60, &net, &err), FV_DEVICE);
-    fv_cpu_backend_destroy(be);
+    fv_backend_destroy(be);
 }
 
 int main(void) {

@@ -72,7 +72,7 @@ static int close_world(void **state) {
     char command[64];
     snprintf(command, sizeof command, "rm -rf '%s'", w->folder);
     fv_model_destroy(w->model);
-    fv_cpu_backend_destroy(w->be);
+    fv_backend_destroy(w->be);
     free(w);
     return system(command);
 }

@@ -18,6 +18,7 @@
 
 #include "backend/backend.h"
 #include "base/rng.h"
+#include "tested_backend.h"
 
 enum { TESTING_GUARD = 32, TESTING_TENSORS = 256 };
 
@@ -32,7 +33,7 @@ typedef struct Testing {
 
 static inline bool testing_start(Testing *t, size_t threads) {
     *t = (Testing){.next = 1};
-    if (fv_cpu_backend_create(threads, &t->be, NULL) != FV_OK)
+    if (tested_backend_create(threads, &t->be, NULL) != FV_OK)
         return false;
     t->ops = t->be->ops;
     return true;
@@ -48,7 +49,7 @@ static inline bool testing_stop(Testing *t) {
                  memcmp(t->block[i] + TESTING_GUARD + t->length[i], guard, sizeof guard) == 0;
         t->ops->release(t->be, t->block[i]);
     }
-    fv_cpu_backend_destroy(t->be);
+    fv_backend_destroy(t->be);
     return intact;
 }
 

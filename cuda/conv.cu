@@ -1,0 +1,188 @@
+/* 3 x 3 convolutions, channels last: output positions are unfolded into [positions, 9 * in], as
+ * many at once as the workspace holds, and multiplied. Nine times a frame that is in memory cannot
+ * overflow a size. */
+#include "cuda/kernel.cuh"
+
+enum { ROWS = 8 }; /* of a block: a warp each */
+static const size_t workspace_bytes = (size_t)64 << 20;
+
+/* What the kernels need of FvConv: 32 bits, whose divisions are several times faster. */
+typedef struct Conv {
+    unsigned height, width, in, stride, out_height, out_width;
+} Conv;
+
+static Conv conv_of(const FvConv *s) {
+    return {.height = (unsigned)s->height,
+            .width = (unsigned)s->width,
+            .in = (unsigned)s->in,
+            .stride = (unsigned)s->stride,
+            .out_height = (unsigned)fv_conv_side(s->height, s->stride),
+            .out_width = (unsigned)fv_conv_side(s->width, s->stride)};
+}
+
+static size_t out_positions(const FvConv *s) { /* of one frame */
+    return fv_conv_side(s->height, s->stride) * fv_conv_side(s->width, s->stride);
+}
+
+static size_t unfolded(const FvConv *s) {
+    return 9 * s->in;
+}
+
+/* Rows of `row` floats that the workspace holds: at least 1, at most `rows`. */
+static size_t rows_at_once(size_t rows, size_t row) {
+    size_t fit = workspace_bytes / (row * sizeof(float));
+    return rows < fit ? rows : fit > 0 ? fit : 1;
+}
+
+static unsigned row_blocks(size_t rows) {
+    return fv_blocks(rows, ROWS);
+}
+
+static __device__ size_t warp_row() {
+    return (size_t)blockIdx.x * ROWS + threadIdx.y;
+}
+
+static __global__ void fill_rows(size_t rows, size_t width, const float *bias, float *y) {
+    size_t row = warp_row();
+    if (row >= rows)
+        return;
+    for (size_t c = threadIdx.x; c < width; c += FV_WARP)
+        y[row * width + c] = bias[c];
+}
+
+/* col[p][ky][kx][c] = images[frame][stride * y + ky - 1][stride * x + kx - 1][c], 0 outside the
+ * frame; (frame, y, x) is output position first + p, counted through all frames. */
+static __global__ void unfold(Conv s, size_t first, size_t count, const float *images, float *col) {
+    size_t p = warp_row(), positions = (size_t)s.out_height * s.out_width;
+    if (p >= count)
+        return;
+    size_t frame = (first + p) / positions;
+    unsigned at = (unsigned)(first + p - frame * positions);
+    unsigned top = at / s.out_width * s.stride, left = at % s.out_width * s.stride;
+    const float *image = images + frame * s.height * s.width * s.in;
+    col += p * 9 * s.in;
+    for (unsigned k = threadIdx.x; k < 9 * s.in; k += FV_WARP) {
+        unsigned tap = k / s.in, y = top + tap / 3, x = left + tap % 3; /* one too large */
+        bool inside = y >= 1 && y <= s.height && x >= 1 && x <= s.width;
+        col[k] = inside ? image[((size_t)(y - 1) * s.width + x - 1) * s.in + k % s.in] : 0.0f;
+    }
+}
+
+/* The output row (or column) that sees input row y through tap ky, or `side`, one beyond the last.
+ * A stride of 1 or 2 divides by a shift. */
+static __device__ unsigned seen_by(unsigned y, unsigned ky, unsigned stride, unsigned side) {
+    if (y + 1 < ky || ((y + 1 - ky) & (stride - 1)) != 0)
+        return side;
+    unsigned out = (y + 1 - ky) >> (stride - 1);
+    return out < side ? out : side;
+}
+
+/* The transpose of unfold for whole frames: an input position gathers, in the order of the taps,
+ * what was unfolded from it. */
+static __global__ void fold(Conv s, size_t frames, const float *col, float *images, bool add) {
+    size_t p = warp_row(), positions = (size_t)s.height * s.width;
+    if (p >= frames * positions)
+        return;
+    size_t frame = p / positions;
+    unsigned at = (unsigned)(p - frame * positions), y = at / s.width, x = at % s.width;
+    col += frame * s.out_height * s.out_width * 9 * s.in;
+    for (unsigned c = threadIdx.x; c < s.in; c += FV_WARP) {
+        float sum = 0;
+        for (unsigned tap = 0; tap < 9; tap++) {
+            unsigned row = seen_by(y, tap / 3, s.stride, s.out_height);
+            unsigned column = seen_by(x, tap % 3, s.stride, s.out_width);
+            if (row < s.out_height && column < s.out_width)
+                sum += col[(((size_t)row * s.out_width + column) * 9 + tap) * s.in + c];
+        }
+        size_t i = p * s.in + c;
+        images[i] = add ? images[i] + sum : sum;
+    }
+}
+
+void fv_cuda_conv(FvBackend *backend, const FvConv *s, const real *x, const real *w,
+                  const real *bias, real *y) {
+    FvCuda *cuda = fv_cuda(backend);
+    size_t rows = s->frames * out_positions(s), k = unfolded(s), most = rows_at_once(rows, k);
+    float *col = (float *)fv_cuda_workspace(cuda, most * k * sizeof *col);
+    if (!col || rows == 0)
+        return;
+    if (bias)
+        FV_LAUNCH(cuda, fill_rows, row_blocks(rows), dim3(FV_WARP, ROWS), 0, rows, s->out, bias, y);
+    for (size_t first = 0; first < rows; first += most) {
+        size_t count = rows - first < most ? rows - first : most;
+        FvGemm product = {.trans_a = false,
+                          .trans_b = true,
+                          .m = count,
+                          .n = s->out,
+                          .k = k,
+                          .lda = k,
+                          .ldb = k,
+                          .ldc = s->out,
+                          .alpha = 1,
+                          .beta = bias ? 1.0f : 0.0f};
+        FV_LAUNCH(cuda, unfold, row_blocks(count), dim3(FV_WARP, ROWS), 0, conv_of(s), first, count,
+                  x, col);
+        fv_cuda_gemm(cuda, &product, col, w, y + first * s->out);
+    }
+}
+
+/* dw += dy^T col for output positions first .. first + count */
+static void add_weight_gradient(FvCuda *cuda, const FvConv *s, size_t first, size_t count,
+                                const float *x, const float *dy, float *col, float *dw) {
+    size_t k = unfolded(s);
+    FvGemm to_w = {.trans_a = true,
+                   .trans_b = false,
+                   .m = s->out,
+                   .n = k,
+                   .k = count,
+                   .lda = s->out,
+                   .ldb = k,
+                   .ldc = k,
+                   .alpha = 1,
+                   .beta = 1};
+    FV_LAUNCH(cuda, unfold, row_blocks(count), dim3(FV_WARP, ROWS), 0, conv_of(s), first, count, x,
+              col);
+    fv_cuda_gemm(cuda, &to_w, dy + first * s->out, col, dw);
+}
+
+/* col = dy w, folded into dx; dy and dx begin at the first of the frames */
+static void input_gradient(FvCuda *cuda, const FvConv *s, size_t frames, const float *w,
+                           const float *dy, float *col, float *dx, bool add) {
+    size_t k = unfolded(s);
+    FvGemm to_col = {.trans_a = false,
+                     .trans_b = false,
+                     .m = frames * out_positions(s),
+                     .n = k,
+                     .k = s->out,
+                     .lda = s->out,
+                     .ldb = k,
+                     .ldc = k,
+                     .alpha = 1,
+                     .beta = 0};
+    fv_cuda_gemm(cuda, &to_col, dy, w, col);
+    FV_LAUNCH(cuda, fold, row_blocks(frames * s->height * s->width), dim3(FV_WARP, ROWS), 0,
+              conv_of(s), frames, col, dx, add);
+}
+
+/* In whole frames, because fold needs all neighbours of a position. */
+void fv_cuda_conv_back(FvBackend *backend, const FvConv *s, const real *x, const real *w,
+                       const real *dy, real *dx, bool add, real *dw, real *dbias) {
+    FvCuda *cuda = fv_cuda(backend);
+    size_t positions = out_positions(s), image = s->height * s->width * s->in;
+    size_t frame = positions * unfolded(s), most = rows_at_once(s->frames, frame);
+    if (dbias) /* first: it has the workspace to itself */
+        fv_cuda_add_columns(cuda, s->frames * positions, s->out, dy, dbias);
+    if (!dw && !dx)
+        return;
+    float *col = (float *)fv_cuda_workspace(cuda, most * frame * sizeof *col);
+    if (!col)
+        return;
+    for (size_t first = 0; first < s->frames; first += most) {
+        size_t frames = s->frames - first < most ? s->frames - first : most;
+        size_t row = first * positions;
+        if (dw)
+            add_weight_gradient(cuda, s, row, frames * positions, x, dy, col, dw);
+        if (dx)
+            input_gradient(cuda, s, frames, w, dy + row * s->out, col, dx + first * image, add);
+    }
+}

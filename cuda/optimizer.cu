@@ -1,0 +1,131 @@
+/* Gradient norm, AdamW (as PyTorch's), and the search for values that are not finite, over all
+ * parameters at once: up to 10^8 elements and more. */
+#include <math.h>
+
+#include "cuda/kernel.cuh"
+
+/* Enough blocks to fill any GPU several times over; the threads of a grid step through the rest
+ * together. */
+static const unsigned most_blocks = 4096;
+
+static unsigned grid_blocks(size_t n) {
+    unsigned blocks = fv_blocks(n, FV_BLOCK);
+    return blocks < most_blocks ? blocks : most_blocks;
+}
+
+static __device__ size_t grid_threads(void) {
+    return (size_t)gridDim.x * blockDim.x;
+}
+
+template <typename T> static __device__ bool is_finite(T x) {
+    return x - x == 0;
+}
+
+/* --- norm ------------------------------------------------------------------------------------ */
+
+static __global__ void sum_squares(size_t n, const float *x, double *part) {
+    double sum = 0;
+    for (size_t i = fv_thread(); i < n; i += grid_threads())
+        sum += (double)x[i] * (double)x[i];
+    sum = fv_block_sum(sum);
+    if (threadIdx.x == 0)
+        part[blockIdx.x] = sum;
+}
+
+static __global__ void root_of_sum(size_t parts, const double *part, double *norm) {
+    double sum = 0;
+    for (size_t i = threadIdx.x; i < parts; i += blockDim.x)
+        sum += part[i];
+    sum = fv_block_sum(sum);
+    if (threadIdx.x == 0)
+        *norm = sqrt(sum);
+}
+
+void fv_cuda_norm(FvBackend *backend, size_t n, const real *x, double *norm) {
+    FvCuda *cuda = fv_cuda(backend);
+    double *part = (double *)fv_cuda_workspace(cuda, most_blocks * sizeof *part);
+    if (!part)
+        return;
+    unsigned parts = grid_blocks(n);
+    FV_LAUNCH(cuda, sum_squares, parts, FV_BLOCK, 0, n, x, part);
+    FV_LAUNCH(cuda, root_of_sum, 1, FV_BLOCK, 0, parts, part, norm);
+}
+
+/* --- AdamW ----------------------------------------------------------------------------------- */
+
+typedef struct Update {
+    double clip_norm;
+    float beta1, beta2, rest1, rest2, decay, step, eps, correction; /* rest: 1 - beta */
+} Update;
+
+static __global__ void update(Update u, size_t n, const double *norm, const float *g, float *p,
+                              float *m, float *v) {
+    if (!is_finite(*norm))
+        return;
+    double clip = u.clip_norm / (*norm + 1e-6);
+    float scale = (float)(clip < 1 ? clip : 1);
+    for (size_t i = fv_thread(); i < n; i += grid_threads()) {
+        float d = g[i] * scale;
+        float mean = u.beta1 * m[i] + u.rest1 * d, square = u.beta2 * v[i] + u.rest2 * d * d;
+        m[i] = mean;
+        v[i] = square;
+        p[i] = p[i] * u.decay - u.step * mean / (sqrtf(square) * u.correction + u.eps);
+    }
+}
+
+void fv_cuda_adamw(FvBackend *backend, const FvAdamW *a, size_t n, const double *norm,
+                   const real *g, real *p, real *m, real *v) {
+    double step = (double)a->step;
+    Update u;
+    u.clip_norm = a->clip_norm;
+    u.beta1 = (float)a->beta1;
+    u.beta2 = (float)a->beta2;
+    u.rest1 = (float)(1 - a->beta1);
+    u.rest2 = (float)(1 - a->beta2);
+    u.decay = (float)(1 - a->lr * a->weight_decay);
+    u.step = (float)(a->lr / (1 - pow(a->beta1, step)));
+    u.eps = (float)a->eps;
+    u.correction = (float)(1 / sqrt(1 - pow(a->beta2, step)));
+    FV_LAUNCH(fv_cuda(backend), update, grid_blocks(n), FV_BLOCK, 0, u, n, norm, g, p, m, v);
+}
+
+/* --- values that are not finite -------------------------------------------------------------- */
+
+/* Elements from the first bad one to the end, 0 without one: the largest is the answer. */
+typedef unsigned long long Rest;
+
+static __global__ void search_part(size_t n, const float *x, Rest *part) {
+    Rest rest = 0;
+    for (size_t i = fv_thread(); i < n && rest == 0; i += grid_threads())
+        if (!is_finite(x[i]))
+            rest = n - i;
+    rest = fv_block_max(rest);
+    if (threadIdx.x == 0)
+        part[blockIdx.x] = rest;
+}
+
+static __global__ void largest(size_t parts, const Rest *part, Rest *out) {
+    Rest rest = 0;
+    for (size_t i = threadIdx.x; i < parts; i += blockDim.x)
+        rest = part[i] > rest ? part[i] : rest;
+    rest = fv_block_max(rest);
+    if (threadIdx.x == 0)
+        *out = rest;
+}
+
+/* After a failure n, and sync() reports it. */
+size_t fv_cuda_first_nonfinite(FvBackend *backend, size_t n, const real *x) {
+    FvCuda *cuda = fv_cuda(backend);
+    Rest rest = 0, *part = (Rest *)fv_cuda_workspace(cuda, (most_blocks + 1) * sizeof *part);
+    if (!part)
+        return n;
+    unsigned parts = grid_blocks(n);
+    FV_LAUNCH(cuda, search_part, parts, FV_BLOCK, 0, n, x, part);
+    FV_LAUNCH(cuda, largest, 1, FV_BLOCK, 0, parts, part, part + most_blocks);
+    fv_cuda_ok(cuda,
+               cudaMemcpyAsync(&rest, part + most_blocks, sizeof rest, cudaMemcpyDeviceToHost,
+                               cuda->stream),
+               "copying from the GPU");
+    fv_cuda_ok(cuda, cudaStreamSynchronize(cuda->stream), "waiting for the GPU");
+    return n - (size_t)rest;
+}

@@ -1,0 +1,60 @@
+#include "run/device.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#ifdef FV_CUDA
+#include "cuda/cuda_backend.h"
+
+static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvError *err) {
+    char why[128];
+    FvCudaDevice gpu;
+    size_t count = fv_cuda_devices(why, sizeof why);
+    if (count == 0)
+        return must
+                   ? FV_FAIL(err, FV_DEVICE,
+                             "--device cuda: this process on %s sees no GPU (%s); use --device cpu",
+                             world->host, why[0] ? why : "none is visible")
+                   : FV_OK;
+    out->index = world->local_rank % count;
+    FV_TRY(fv_cuda_device(out->index, &gpu, err));
+    out->gpu = true;
+    out->memory = gpu.memory;
+    snprintf(out->text, sizeof out->text, "%s %s, %.0f GB", gpu.name, gpu.bus,
+             (double)gpu.memory / 1e9);
+    return FV_OK;
+}
+
+static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) {
+    const FvCudaOptions options = {.device = device->index};
+    return fv_cuda_backend_create(&options, out, err);
+}
+#else
+static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvError *err) {
+    (void)world, (void)out;
+    return must ? FV_FAIL(err, FV_DEVICE,
+                          "--device cuda: this build has no CUDA backend; use --device cpu, or "
+                          "build where 'make info' finds the CUDA Toolkit")
+                : FV_OK;
+}
+
+static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) {
+    (void)device, (void)out;
+    return FV_FAIL(err, FV_DEVICE, "this build has no CUDA backend");
+}
+#endif
+
+FvStatus fv_device_choose(const char *wish, const FvWorld *world, size_t threads, FvDevice *out,
+                          FvError *err) {
+    *out = (FvDevice){.threads = threads};
+    if (strcmp(wish, "cpu") != 0)
+        FV_TRY(choose_gpu(world, strcmp(wish, "cuda") == 0, out, err));
+    if (!out->gpu)
+        snprintf(out->text, sizeof out->text, "cpu, %zu thread%s", threads,
+                 threads == 1 ? "" : "s");
+    return FV_OK;
+}
+
+FvStatus fv_device_open(const FvDevice *device, size_t threads, FvBackend **out, FvError *err) {
+    return device->gpu ? open_gpu(device, out, err) : fv_cpu_backend_create(threads, out, err);
+}

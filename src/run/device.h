@@ -1,0 +1,25 @@
+/* Where a rank computes: a GPU of its own where the build and the machine have them, or the
+ * processor. */
+#ifndef FV_RUN_DEVICE_H
+#define FV_RUN_DEVICE_H
+
+#include "backend/backend.h"
+#include "run/comm.h"
+
+typedef struct FvDevice {
+    bool gpu;
+    size_t index;   /* among the GPUs that this process sees */
+    size_t memory;  /* bytes, of a GPU */
+    size_t threads; /* of the processor, for one job */
+    char text[96];  /* "cpu, 2 threads", "NVIDIA H200 0000:1b:00.0, 141 GB" */
+} FvDevice;
+
+/* `wish`: auto, cuda or cpu; auto takes a GPU where there is one. Ranks of a host take its GPUs in
+ * turn; where the launcher shows each rank one GPU, that one. FV_DEVICE: "cuda" without a GPU. */
+FvStatus fv_device_choose(const char *wish, const FvWorld *, size_t threads, FvDevice *out,
+                          FvError *err);
+
+/* A backend for one job on the device, with `threads` on a processor; fv_backend_destroy it. */
+FvStatus fv_device_open(const FvDevice *, size_t threads, FvBackend **out, FvError *err);
+
+#endif
