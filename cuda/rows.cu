@@ -101,7 +101,7 @@ static __device__ inline float normal_range(float x) {
 }
 
 /* Phi(x) = erfc(-x / sqrt(2)) / 2. In the negative tail the rounding of the argument z would cost
- * z^2 units: erfc(z + rest) = erfc(z) - rest erfc'(z). */
+ * z^2 units: erfc(z + rest) = erfc(z) + rest erfc'(z). */
 static __device__ inline float normal_cdf(float x) {
     const float high = 0.70710677f, low = 1.21016175e-8f; /* 1 / sqrt(2) in two parts */
     float z = -x * high, rest = fmaf(-x, high, -z) - x * low;

@@ -10,7 +10,7 @@ expect 2 'cannot be read|No such file' "$f" nowhere.yaml
 expect 2 'did you mean "temperature"' "$f" "$tiny" temprature=1
 expect 2 'steps.*"many"' "$f" "$tiny" steps=many
 expect 2 'no such experiment' "$f" "$tiny" --only Z
-expect 5 'no CUDA' "$f" "$tiny" --device cuda
+CUDA_VISIBLE_DEVICES='' expect 5 'device cpu' "$f" "$tiny" --device cuda
 expect 2 'does not divide' "$f" "$tiny" --ranks-per-experiment 2
 expect 2 'does not divide' mpirun --oversubscribe -np 2 "$f" "$tiny" --ranks-per-experiment 2 \
     batch=3 --out "$TMPDIR/no"
