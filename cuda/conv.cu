@@ -171,7 +171,8 @@ void fv_cuda_conv_back(FvBackend *backend, const FvConv *s, const real *x, const
     size_t positions = out_positions(s), image = s->height * s->width * s->in;
     size_t frame = positions * unfolded(s), most = rows_at_once(s->frames, frame);
     if (dbias) /* first: it has the workspace to itself */
-        fv_cuda_add_columns(cuda, s->frames * positions, s->out, dy, dbias);
+        fv_cuda_add_columns(cuda, s->frames * positions, s->out, dy, nullptr, nullptr, nullptr,
+                            dbias);
     if (!dw && !dx)
         return;
     float *col = (float *)fv_cuda_workspace(cuda, most * frame * sizeof *col);

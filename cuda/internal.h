@@ -53,8 +53,10 @@ void fv_cuda_gemm(FvCuda *, const FvGemm *, const float *a, const float *b, floa
 void fv_cuda_gemm_batch(FvCuda *, const FvGemm *, size_t count, const float *const *a,
                         const float *const *b, float *const *c);
 
-/* sum [width] += column sums of x [rows, width]; uses the workspace. */
-void fv_cuda_add_columns(FvCuda *, size_t rows, size_t width, const float *x, float *sum);
+/* sum [width] += sums over the rows of dy (x - mean) rstd, dy and x [rows, width], mean and rstd
+ * [rows]; x NULL: of dy alone; mean NULL is 0, rstd NULL is 1. Uses the workspace. */
+void fv_cuda_add_columns(FvCuda *, size_t rows, size_t width, const float *dy, const float *x,
+                         const float *mean, const float *rstd, float *sum);
 
 /* Every operation that a .cu file defines as fv_cuda_<name>; gives the prototypes here and the
  * table in backend.c. */

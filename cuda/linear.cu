@@ -31,15 +31,18 @@ void fv_cuda_linear(FvBackend *backend, size_t rows, size_t in, size_t out, cons
 enum { COLUMNS = 32, ROWS = 8, PARTS = 64 };
 
 /* part [gridDim.y][width]: a block adds the rows of its part for 32 columns, 8 rows at once. */
-static __global__ void sum_part(size_t rows, size_t width, size_t each, const float *x,
-                                float *part) {
+static __global__ void sum_part(size_t rows, size_t width, size_t each, const float *dy,
+                                const float *x, const float *mean, const float *rstd, float *part) {
     __shared__ float sums[ROWS][COLUMNS];
     size_t column = (size_t)blockIdx.x * COLUMNS + threadIdx.x;
     size_t first = (size_t)blockIdx.y * each, end = first + each < rows ? first + each : rows;
     float sum = 0;
     if (column < width)
-        for (size_t r = first + threadIdx.y; r < end; r += ROWS)
-            sum += x[r * width + column];
+        for (size_t r = first + threadIdx.y; r < end; r += ROWS) {
+            size_t i = r * width + column;
+            float h = x ? (x[i] - (mean ? mean[r] : 0)) * (rstd ? rstd[r] : 1) : 1;
+            sum += dy[i] * h;
+        }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || column >= width)
@@ -59,7 +62,8 @@ static __global__ void add_parts(size_t parts, size_t width, const float *part, 
     sum[column] += total;
 }
 
-void fv_cuda_add_columns(FvCuda *cuda, size_t rows, size_t width, const float *x, float *sum) {
+void fv_cuda_add_columns(FvCuda *cuda, size_t rows, size_t width, const float *dy, const float *x,
+                         const float *mean, const float *rstd, float *sum) {
     size_t each = (rows + PARTS - 1) / PARTS, least = 4 * ROWS;
     each = each > least ? each : least;
     size_t parts = (rows + each - 1) / each;
@@ -67,7 +71,7 @@ void fv_cuda_add_columns(FvCuda *cuda, size_t rows, size_t width, const float *x
     if (!part || parts == 0)
         return;
     FV_LAUNCH(cuda, sum_part, dim3(fv_blocks(width, COLUMNS), (unsigned)parts), dim3(COLUMNS, ROWS),
-              0, rows, width, each, x, part);
+              0, rows, width, each, dy, x, mean, rstd, part);
     FV_LAUNCH(cuda, add_parts, fv_blocks(width, FV_BLOCK), FV_BLOCK, 0, parts, width, part, sum);
 }
 
@@ -99,5 +103,5 @@ void fv_cuda_linear_back(FvBackend *backend, size_t rows, size_t in, size_t out,
     if (dw && rows > 0)
         fv_cuda_gemm(cuda, &to_w, dy, x, dw);
     if (dbias)
-        fv_cuda_add_columns(cuda, rows, out, dy, dbias);
+        fv_cuda_add_columns(cuda, rows, out, dy, nullptr, nullptr, nullptr, dbias);
 }

@@ -13,56 +13,6 @@ static __device__ inline size_t warp_lane(void) {
     return threadIdx.x % FV_WARP;
 }
 
-/* --- gradients of parameters ----------------------------------------------------------------- */
-
-enum { COLUMNS = 32, ROWS = 8, PARTS = 64 };
-
-/* part [gridDim.y][width]: a block adds its part of the rows for 32 columns, 8 rows at once. */
-static __global__ void sum_products(size_t rows, size_t width, size_t each, const float *dy,
-                                    const float *x, const float *mean, const float *rstd,
-                                    float *part) {
-    __shared__ float sums[ROWS][COLUMNS];
-    size_t column = (size_t)blockIdx.x * COLUMNS + threadIdx.x;
-    size_t first = (size_t)blockIdx.y * each, end = first + each < rows ? first + each : rows;
-    float sum = 0;
-    if (column < width)
-        for (size_t r = first + threadIdx.y; r < end; r += ROWS) {
-            float h = (x[r * width + column] - (mean ? mean[r] : 0)) * (rstd ? rstd[r] : 1);
-            sum += dy[r * width + column] * h;
-        }
-    sums[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y > 0 || column >= width)
-        return;
-    for (int r = 1; r < ROWS; r++)
-        sum += sums[r][threadIdx.x];
-    part[blockIdx.y * width + column] = sum;
-}
-
-static __global__ void add_parts(size_t parts, size_t width, const float *part, float *sum) {
-    size_t column = fv_thread();
-    if (column >= width)
-        return;
-    float total = 0;
-    for (size_t p = 0; p < parts; p++)
-        total += part[p * width + column];
-    sum[column] += total;
-}
-
-/* sum [width] += sum over rows of dy (x - mean) rstd; mean NULL is 0, rstd NULL is 1. */
-static void add_products(FvCuda *cuda, size_t rows, size_t width, const float *dy, const float *x,
-                         const float *mean, const float *rstd, float *sum) {
-    size_t each = (rows + PARTS - 1) / PARTS, least = 4 * ROWS;
-    each = each > least ? each : least;
-    size_t parts = (rows + each - 1) / each;
-    float *part = (float *)fv_cuda_workspace(cuda, parts * width * sizeof(float));
-    if (!part || parts == 0)
-        return;
-    FV_LAUNCH(cuda, sum_products, dim3(fv_blocks(width, COLUMNS), (unsigned)parts),
-              dim3(COLUMNS, ROWS), 0, rows, width, each, dy, x, mean, rstd, part);
-    FV_LAUNCH(cuda, add_parts, fv_blocks(width, FV_BLOCK), FV_BLOCK, 0, parts, width, part, sum);
-}
-
 /* --- residual -------------------------------------------------------------------------------- */
 
 /* y = (x +) scale * a for one row per block of the grid's x; x, scale NULL: 0, 1 */
@@ -86,7 +36,7 @@ void fv_cuda_residual_back(FvBackend *backend, size_t rows, size_t width, const 
                            const real *a, const real *dy, real *da, real *dscale) {
     FvCuda *cuda = fv_cuda(backend);
     if (dscale)
-        add_products(cuda, rows, width, dy, a, nullptr, nullptr, dscale);
+        fv_cuda_add_columns(cuda, rows, width, dy, a, nullptr, nullptr, dscale);
     FV_LAUNCH(cuda, scale_add, dim3((unsigned)rows, fv_blocks(width, ROW_BLOCK)), ROW_BLOCK, 0,
               width, nullptr, scale, dy, da);
 }
@@ -151,9 +101,9 @@ void fv_cuda_layernorm_back(FvBackend *backend, size_t rows, size_t width, const
                             real *dx, bool add, real *dgamma, real *dbeta) {
     FvCuda *cuda = fv_cuda(backend);
     if (dgamma)
-        add_products(cuda, rows, width, dy, x, mean, rstd, dgamma);
+        fv_cuda_add_columns(cuda, rows, width, dy, x, mean, rstd, dgamma);
     if (dbeta)
-        fv_cuda_add_columns(cuda, rows, width, dy, dbeta);
+        fv_cuda_add_columns(cuda, rows, width, dy, nullptr, nullptr, nullptr, dbeta);
     FV_LAUNCH(cuda, layernorm_back, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width, x, gamma,
               mean, rstd, dy, dx, add);
 }
@@ -207,7 +157,7 @@ void fv_cuda_rmsnorm_back(FvBackend *backend, size_t rows, size_t width, const r
                           real *dgamma) {
     FvCuda *cuda = fv_cuda(backend);
     if (dgamma)
-        add_products(cuda, rows, width, dy, x, nullptr, rstd, dgamma);
+        fv_cuda_add_columns(cuda, rows, width, dy, x, nullptr, rstd, dgamma);
     FV_LAUNCH(cuda, rmsnorm_back, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width, x, gamma,
               rstd, dy, dx, add);
 }

@@ -103,7 +103,7 @@ static FvStatus name_jobs(Session *s, FvError *err) {
 
 static FvStatus read_study(Session *s, FvError *err) {
     const FvOptions *o = &s->in->options;
-    /* without a GPU the small scale is the one that fits */
+    /* where a study names no scale */
     FV_TRY(
         fv_study_load(s->in->study_path, o->overrides, o->override_count, "small", &s->study, err));
     FV_TRY(check_ranks(s, err));

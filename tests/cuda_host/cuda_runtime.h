@@ -69,7 +69,7 @@ void host_wait_block(void);
 void host_wait_warp(void);
 /* Where the calling lane leaves a value, and where it finds another lane's. */
 void host_give(const void *value, size_t bytes);
-bool host_take(unsigned lane, void *value, size_t bytes);
+void host_take(unsigned lane, void *value, size_t bytes);
 unsigned host_lane(void);
 void *host_shared(void);
 void host_launch(const char *name, dim3 grid, dim3 block, size_t shared,

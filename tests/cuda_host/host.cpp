@@ -203,14 +203,13 @@ void host_give(const void *value, size_t bytes) {
     memcpy(self().given, value, bytes);
 }
 
-bool host_take(unsigned lane, void *value, size_t bytes) {
+void host_take(unsigned lane, void *value, size_t bytes) {
     size_t i = runner.current / warp * warp + lane;
     if (i >= runner.threads) {
         fprintf(stderr, "a shuffle reads lane %u of a warp that is not full\n", lane);
         abort();
     }
     memcpy(value, runner.fibers[i]->given, bytes);
-    return true;
 }
 
 void *host_shared(void) {
