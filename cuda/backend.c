@@ -68,6 +68,14 @@ static void cuda_release(FvBackend *backend, void *p) {
     fv_cuda_ok(fv_cuda(backend), cudaFree(p), "freeing memory");
 }
 
+static size_t cuda_memory_left(FvBackend *backend) {
+    FvCuda *cuda = fv_cuda(backend);
+    size_t left = 0, whole;
+    if (fv_cuda_ok(cuda, cudaSetDevice(cuda->device), "choosing the GPU"))
+        fv_cuda_ok(cuda, cudaMemGetInfo(&left, &whole), "asking for free memory");
+    return left;
+}
+
 /* From pageable memory the copy is staged before the call returns: src may change at once. */
 static void cuda_upload(FvBackend *backend, void *dst, const void *src, size_t bytes) {
     FvCuda *cuda = fv_cuda(backend);
@@ -144,6 +152,21 @@ void fv_cuda_gemm_batch(FvCuda *cuda, const FvGemm *g, size_t count, const float
                  "batched matrix product");
 }
 
+void fv_cuda_gemm_strided(FvCuda *cuda, const FvGemm *g, size_t count, const float *a,
+                          size_t a_stride, const float *b, size_t b_stride, float *c,
+                          size_t c_stride) {
+    if (g->m == 0 || g->n == 0 || count == 0)
+        return;
+    fv_cublas_ok(cuda,
+                 cublasGemmStridedBatchedEx(
+                     cuda->blas, transposed(g->trans_b), transposed(g->trans_a), (int)g->n,
+                     (int)g->m, (int)g->k, &g->alpha, b, CUDA_R_32F, (int)g->ldb,
+                     (long long)b_stride, a, CUDA_R_32F, (int)g->lda, (long long)a_stride, &g->beta,
+                     c, CUDA_R_32F, (int)g->ldc, (long long)c_stride, (int)count, arithmetic(cuda),
+                     CUBLAS_GEMM_DEFAULT),
+                 "matrix product per head");
+}
+
 /* --- creation -------------------------------------------------------------------------------- */
 
 static void cuda_destroy(FvBackend *backend) {
@@ -161,6 +184,7 @@ static void cuda_destroy(FvBackend *backend) {
 static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .alloc = cuda_alloc,
                                .release = cuda_release,
+                               .memory_left = cuda_memory_left,
                                .upload = cuda_upload,
                                .download = cuda_download,
                                .zero = cuda_zero,

@@ -53,6 +53,10 @@ void fv_cuda_gemm(FvCuda *, const FvGemm *, const float *a, const float *b, floa
 void fv_cuda_gemm_batch(FvCuda *, const FvGemm *, size_t count, const float *const *a,
                         const float *const *b, float *const *c);
 
+/* `count` products of operands that lie at equal distances; a distance of 0: all use the same. */
+void fv_cuda_gemm_strided(FvCuda *, const FvGemm *, size_t count, const float *a, size_t a_stride,
+                          const float *b, size_t b_stride, float *c, size_t c_stride);
+
 /* sum [width] += sums over the rows of dy (x - mean) rstd, dy and x [rows, width], mean and rstd
  * [rows]; x NULL: of dy alone; mean NULL is 0, rstd NULL is 1. Uses the workspace. */
 void fv_cuda_add_columns(FvCuda *, size_t rows, size_t width, const float *dy, const float *x,
@@ -63,7 +67,7 @@ void fv_cuda_add_columns(FvCuda *, size_t rows, size_t width, const float *dy, c
 /* clang-format off */
 #define FV_CUDA_OPS(X)                                                                             \
     X(add) X(copy_rows) X(residual) X(residual_back)                                               \
-    X(linear) X(linear_back) X(gelu) X(gelu_back) X(relu) X(relu_back) X(swiglu) X(swiglu_back)    \
+    X(linear) X(linear_back) X(head_linear) X(head_linear_back) X(gelu) X(gelu_back) X(relu) X(relu_back) X(swiglu) X(swiglu_back)    \
     X(layernorm) X(layernorm_back) X(rmsnorm) X(rmsnorm_back) X(rescale) X(rescale_back)           \
     X(attention) X(attention_back) X(query) X(query_back) X(rope)                                  \
     X(patchify) X(tokens) X(tokens_back) X(conv) X(conv_back) X(film) X(film_back)                 \

@@ -1,4 +1,4 @@
-/* Dense layers: cuBLAS products, and the bias and its gradient. */
+/* Dense layers, whole or one per head: cuBLAS products, and the bias and its gradient. */
 #include "cuda/kernel.cuh"
 
 static __global__ void fill_rows(size_t n, size_t width, const float *bias, float *y) {
@@ -104,4 +104,40 @@ void fv_cuda_linear_back(FvBackend *backend, size_t rows, size_t in, size_t out,
         fv_cuda_gemm(cuda, &to_w, dy, x, dw);
     if (dbias)
         fv_cuda_add_columns(cuda, rows, out, dy, nullptr, nullptr, nullptr, dbias);
+}
+
+/* --- a product per head ---------------------------------------------------------------------- */
+
+void fv_cuda_head_linear(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
+                         const real *x, const real *w, const real *bias, real *y) {
+    FvCuda *cuda = fv_cuda(backend);
+    FvGemm product = {.trans_a = false,
+                      .trans_b = true,
+                      .m = rows,
+                      .n = out,
+                      .k = in,
+                      .lda = heads * in,
+                      .ldb = in,
+                      .ldc = heads * out,
+                      .alpha = 1,
+                      .beta = bias ? 1.0f : 0.0f};
+    size_t n = rows * heads * out;
+    if (bias)
+        FV_LAUNCH(cuda, fill_rows, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, heads * out, bias, y);
+    fv_cuda_gemm_strided(cuda, &product, heads, x, in, w, out * in, y, out);
+}
+
+void fv_cuda_head_linear_back(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
+                              const real *w, const real *dy, real *dx) {
+    FvGemm product = {.trans_a = false,
+                      .trans_b = false,
+                      .m = rows,
+                      .n = in,
+                      .k = out,
+                      .lda = heads * out,
+                      .ldb = in,
+                      .ldc = heads * in,
+                      .alpha = 1,
+                      .beta = 0};
+    fv_cuda_gemm_strided(fv_cuda(backend), &product, heads, dy, out, w, out * in, dx, in);
 }

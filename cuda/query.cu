@@ -8,12 +8,20 @@
 
 enum { THREADS = FV_BLOCK, WARPS = THREADS / FV_WARP };
 
+/* Of k and v: from a key to the next, and where a head's part of a frame starts. */
+static __device__ size_t stride_of(const FvQuery &s) {
+    return s.shared ? s.width : s.heads * s.width;
+}
+static __device__ size_t start_of(const FvQuery &s, size_t frame, size_t head) {
+    return frame * s.keys * stride_of(s) + (s.shared ? 0 : head * s.width);
+}
+
 /* y[j] = scale * x . rows[j] + more[j] for every key, more NULL for 0; a warp per key. */
 static __device__ void dots(const FvQuery &s, float scale, const float *x, const float *rows,
                             const float *more, float *y) {
     size_t warp = threadIdx.x / FV_WARP, lane = threadIdx.x % FV_WARP;
     for (size_t j = warp; j < s.keys; j += WARPS) {
-        const float *row = rows + j * s.heads * s.width;
+        const float *row = rows + j * stride_of(s);
         float dot = 0;
         for (size_t i = lane; i < s.width; i += FV_WARP)
             dot += x[i] * row[i];
@@ -24,24 +32,30 @@ static __device__ void dots(const FvQuery &s, float scale, const float *x, const
     __syncthreads();
 }
 
-/* y = scale * sum over keys of p[j] * rows[j]: each warp sums every WARPS-th key for 32 elements,
- * then the first warp adds up. */
+/* y = scale * sum over keys of p[j] * rows[j], THREADS elements at once: each warp sums every
+ * WARPS-th key, a lane per_lane elements so that as many loads are under way, then each thread adds
+ * up one element. */
 static __device__ void weighted_sum(const FvQuery &s, float scale, const float *p,
                                     const float *rows, float *y) {
-    __shared__ float part[WARPS][FV_WARP];
+    constexpr size_t per_lane = (size_t)THREADS / (size_t)FV_WARP;
+    __shared__ float part[WARPS][THREADS];
     size_t warp = threadIdx.x / FV_WARP, lane = threadIdx.x % FV_WARP;
-    for (size_t i = lane; i - lane < s.width; i += FV_WARP) {
-        float sum = 0;
-        if (i < s.width)
-            for (size_t j = warp; j < s.keys; j += WARPS)
-                sum += p[j] * rows[j * s.heads * s.width + i];
-        part[warp][lane] = sum;
+    for (size_t first = 0; first < s.width; first += THREADS) {
+        float sum[per_lane] = {0};
+        for (size_t j = warp; j < s.keys; j += WARPS)
+            for (size_t c = 0; c < per_lane; c++) {
+                size_t i = first + c * FV_WARP + lane;
+                if (i < s.width)
+                    sum[c] += p[j] * rows[j * stride_of(s) + i];
+            }
+        for (size_t c = 0; c < per_lane; c++)
+            part[warp][c * FV_WARP + lane] = sum[c];
         __syncthreads();
-        if (warp == 0 && i < s.width) {
-            for (size_t w = 1; w < WARPS; w++)
-                sum += part[w][lane];
-            y[i] = scale * sum;
-        }
+        float total = 0;
+        for (size_t w = 0; w < WARPS; w++)
+            total += part[w][threadIdx.x];
+        if (first + threadIdx.x < s.width)
+            y[first + threadIdx.x] = scale * total;
         __syncthreads(); /* part is free again */
     }
 }
@@ -93,7 +107,7 @@ static __device__ void softmax(size_t keys, float *p) {
 static __global__ void query_forward(FvQuery s, const float *q, const float *k, const float *v,
                                      float *probs, float *out) {
     size_t n = blockIdx.x, frame = n / s.heads, head = n % s.heads;
-    size_t at = (frame * s.keys * s.heads + head) * s.width; /* of k and v */
+    size_t at = start_of(s, frame, head);
     float *p = probs + n * s.keys;
     dots(s, (float)s.scale, q + n * s.width, k + at, NULL, p);
     if (s.top_k > 0 && s.top_k < s.keys)
@@ -126,7 +140,7 @@ static __global__ void query_backward(FvQuery s, const float *q, const float *k,
                                       const float *probs, const float *dout, const float *dprobs,
                                       float *scratch, float *dq, float *dk, float *dv) {
     size_t n = blockIdx.x, frame = n / s.heads, head = n % s.heads;
-    size_t at = (frame * s.keys * s.heads + head) * s.width; /* of k, v, dk and dv */
+    size_t at = start_of(s, frame, head);
     const float *p = probs + n * s.keys;
     float *ds = scratch + n * s.keys;
     dots(s, 1, dout + n * s.width, v + at, dprobs ? dprobs + n * s.keys : NULL, ds);

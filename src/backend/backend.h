@@ -39,6 +39,7 @@ typedef struct FvQuery {
     size_t frames, keys, heads, width;
     double scale; /* multiplies the scores: 1 / (sqrt(width) * temperature) */
     size_t top_k; /* keep the k largest scores (ties: lower index); 0 or > keys keeps all */
+    bool shared;  /* k and v are [frames, keys, width], read by every head; dk and dv are NULL */
 } FvQuery;
 
 typedef struct FvConv { /* 3 x 3, padding 1 */
@@ -62,6 +63,8 @@ typedef struct FvOps {
     /* --- memory; upload and download take host pointers ------------------------------------- */
     FvStatus (*alloc)(FvBackend *, size_t bytes, void **out, FvError *); /* zeroed, FV_ALIGN */
     void (*release)(FvBackend *, void *);
+    /* bytes that alloc could still find, shared with whoever else takes memory there */
+    size_t (*memory_left)(FvBackend *);
     void (*upload)(FvBackend *, void *dst, const void *src, size_t bytes);
     void (*download)(FvBackend *, void *dst, const void *src, size_t bytes); /* waits */
     void (*zero)(FvBackend *, void *dst, size_t bytes);
@@ -89,6 +92,12 @@ typedef struct FvOps {
     /* dx (NULL: not needed) = or += dy w; dw += dy^T x; dbias += column sums of dy */
     void (*linear_back)(FvBackend *, size_t rows, size_t in, size_t out, const real *x,
                         const real *w, const real *dy, real *dx, bool add, real *dw, real *dbias);
+    /* One product per head: y [rows, heads * out], y_h = x_h w_h^T + bias_h; x [rows, heads * in],
+     * w [heads, out, in], bias [heads * out] or NULL. back: dx_h = dy_h w_h; for frozen w alone */
+    void (*head_linear)(FvBackend *, size_t rows, size_t heads, size_t in, size_t out,
+                        const real *x, const real *w, const real *bias, real *y);
+    void (*head_linear_back)(FvBackend *, size_t rows, size_t heads, size_t in, size_t out,
+                             const real *w, const real *dy, real *dx);
     /* exact GELU, x * Phi(x); gelu_back: dx = dy * gelu'(x), dx may be dy */
     void (*gelu)(FvBackend *, size_t n, const real *x, real *y);
     void (*gelu_back)(FvBackend *, size_t n, const real *x, const real *dy, real *dx);

@@ -5,6 +5,7 @@
 #define FV_MODEL_PARTS_H
 
 #include "model/encoder.h"
+#include "model/encoder_cache.h"
 #include "model/model.h"
 
 /* --- query.c -------------------------------------------------------------------------------- */
@@ -15,13 +16,15 @@ typedef struct FvQueryPass {
     real *q0;                        /* [F, D] */
     real *last, *norm, *mean, *rstd; /* deep: after the last block, LN_f of it */
     real *probs, *pooled;            /* shallow; deep: probs is the last layer's */
-    real *z;                         /* [F, D] */
+    real *absorbed; /* deep, stored: [dino_layers][F, heads * D] queries of the layers' inputs */
+    real *z;        /* [F, D] */
 } FvQueryPass;
 
 typedef struct FvQueryPart {
     FvWeight in_w, out_w, out_b, fixed, init; /* fixed: q_static, init: q_init */
     FvQueryPass pass[FV_PASSES];
     real *dz, *du, *dprobs, *dx, *dn, *dq, *da, *df; /* scratch */
+    real *pooled, *dabsorbed;                        /* scratch, deep, stored: [F, heads * D] */
 } FvQueryPart;
 
 void fv_query_params(FvModel *, FvParams *);
@@ -63,10 +66,11 @@ void fv_lm_params(FvModel *, FvParams *);
 void fv_lm_carve(FvModel *, FvArena *);
 void fv_lm_upload(FvModel *);          /* the fixed index arrays */
 void fv_lm_text(FvModel *);            /* text.act[0].x -> keys and values of every layer */
+void fv_lm_text_clear(FvModel *);      /* the gradients of these, before fv_lm_backward adds */
 void fv_lm_forward(FvModel *, FvPass); /* pass[p].act[0].x -> pass[p].h */
 /* lm.dx holds dh on entry and the gradient of the pass's input rows on return. */
 void fv_lm_backward(FvModel *, FvPass);
-/* After both passes: lm.dx = gradient of the text rows. */
+/* After the passes that read the text: lm.dx = gradient of its rows. */
 void fv_lm_text_backward(FvModel *);
 
 /* --- head.c --------------------------------------------------------------------------------- */
@@ -88,12 +92,13 @@ typedef struct FvHead {
 
 void fv_head_params(FvModel *, FvParams *);
 void fv_head_carve(FvModel *, FvArena *);
-void fv_head_prepare(FvModel *);         /* previous latents and the shared convolutions */
+void fv_head_prepare(FvModel *);         /* previous latents */
+void fv_head_share(FvModel *);           /* the convolutions that do not depend on the pass */
 void fv_head_forward(FvModel *, FvPass); /* pass[p].hidden -> prediction */
-/* Gradient of scale * sum over frames of the frame's mean squared error: head.dhidden, +=
- * head.dbase */
-void fv_head_backward(FvModel *, FvPass, double scale);
-void fv_head_finish_backward(FvModel *); /* through the shared convolutions, once */
+/* Gradient of scale * sum over frames of the frame's mean squared error: head.dhidden, and
+ * head.dbase = or += */
+void fv_head_backward(FvModel *, FvPass, double scale, bool add);
+void fv_head_share_backward(FvModel *); /* from head.dbase */
 
 /* --- the whole ------------------------------------------------------------------------------ */
 
@@ -128,7 +133,11 @@ struct FvModel {
     FvWeight mode[FV_PASSES], no_text, to_lm_w, to_lm_b, to_query_w, to_query_b;
     FvRows rows;
     FvMetrics metrics;
-    uint8_t *pixels;
+    FvEncoderCache *cache; /* of the rank, or NULL */
+    uint8_t *pixels;       /* of the batch; where outputs are stored, of one clip */
+    /* Where outputs are stored: the batch's, deep [dino_layers][F, N + 1, D] inputs n1 of the
+     * layers, shallow [F, N + 1, D] features; else NULL. */
+    real *encoded;
     real *visual_in[FV_PASSES], *visual_std[FV_PASSES], *visual[FV_PASSES]; /* [F, M] */
     real *bank;     /* [(clips + 1) * (T - 1), Q]: chosen queries; slot 0 the clip before */
     real *choosers; /* [clips * (T - 1), M] */

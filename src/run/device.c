@@ -1,6 +1,7 @@
 #include "run/device.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef FV_CUDA
@@ -46,12 +47,32 @@ static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) 
 
 FvStatus fv_device_choose(const char *wish, const FvWorld *world, size_t threads, FvDevice *out,
                           FvError *err) {
-    *out = (FvDevice){.threads = threads};
+    *out = (FvDevice){.threads = threads, .ranks = 1};
     if (strcmp(wish, "cpu") != 0)
         FV_TRY(choose_gpu(world, strcmp(wish, "cuda") == 0, out, err));
     if (!out->gpu)
         snprintf(out->text, sizeof out->text, "cpu, %zu thread%s", threads,
                  threads == 1 ? "" : "s");
+    return FV_OK;
+}
+
+void fv_device_share(FvDevice *device, const FvWorld *world) {
+    const size_t size = sizeof device->text;
+    char *all = calloc(world->local_size, size);
+    device->ranks = world->local_size;
+    if (all && world->local_size > 1) {
+        fv_host_gather(device->text, size, all);
+        for (size_t r = 0; r < world->local_size; r++) /* the text of a GPU holds its address */
+            device->ranks -= device->gpu && strcmp(all + r * size, device->text) != 0;
+    }
+    free(all);
+}
+
+FvStatus fv_device_memory_left(const FvDevice *device, size_t *out, FvError *err) {
+    FvBackend *be;
+    FV_TRY(fv_device_open(device, 1, &be, err));
+    *out = be->ops->memory_left(be) / device->ranks;
+    fv_backend_destroy(be);
     return FV_OK;
 }
 

@@ -316,7 +316,7 @@ static FvStatus train_step(FvTrainer *t, bool *stop, FvError *err) {
     FvStepMeans means;
 
     FV_TRY(fv_loader_next(t->loader, &batch, err));
-    fv_model_load(m, batch);
+    FV_TRY(fv_model_load(m, batch, err));
     fv_model_encode(m);
     fv_model_coarse(m);
     fv_model_fine(m);
@@ -406,6 +406,13 @@ static FvStatus begin(FvTrainer *t, FvError *err) {
     FV_TRY(fv_weights_start(t->config, fv_model_params(t->model), t->be, t->seed, err));
     FV_TRY(restore(t, err));
     FV_TRY(share(t, err));
+    if (fv_encoder_stored(&t->c)) {
+        char note[128];
+        FV_TRY(fv_encoder_caches_attach(run->caches, t->model, &t->c, t->be, fv_data_info(t->data),
+                                        note, sizeof note, err));
+        if (note[0])
+            report(t, note);
+    }
     FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,
                            t->c.max_text, t->step, &t->loader, err));
     t->rate_step = t->checkpoint_step = t->step;

@@ -31,6 +31,13 @@ cublasStatus_t cublasGemmBatchedEx(cublasHandle_t, cublasOperation_t, cublasOper
                                    cudaDataType_t, int lda, const void *const b[], cudaDataType_t,
                                    int ldb, const void *beta, void *const c[], cudaDataType_t,
                                    int ldc, int count, cublasComputeType_t, cublasGemmAlgo_t);
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t, cublasOperation_t,
+                                          int m, int n, int k, const void *alpha, const void *a,
+                                          cudaDataType_t, int lda, long long a_stride,
+                                          const void *b, cudaDataType_t, int ldb,
+                                          long long b_stride, const void *beta, void *c,
+                                          cudaDataType_t, int ldc, long long c_stride, int count,
+                                          cublasComputeType_t, cublasGemmAlgo_t);
 
 #ifdef __cplusplus
 }

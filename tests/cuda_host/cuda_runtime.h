@@ -34,6 +34,7 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaMalloc(void **out, size_t bytes);
 cudaError_t cudaMallocManaged(void **out, size_t bytes, unsigned flags);
 cudaError_t cudaFree(void *);
+cudaError_t cudaMemGetInfo(size_t *left, size_t *whole);
 cudaError_t cudaMemsetAsync(void *, int value, size_t bytes, cudaStream_t);
 cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, enum cudaMemcpyKind,
                             cudaStream_t);

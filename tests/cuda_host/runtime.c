@@ -58,6 +58,12 @@ cudaError_t cudaFree(void *p) {
     return cudaSuccess;
 }
 
+cudaError_t cudaMemGetInfo(size_t *left, size_t *whole) {
+    *whole = (size_t)1 << 32;
+    *left = *whole / 2;
+    return cudaSuccess;
+}
+
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
     (void)stream;
     memset(p, value, bytes);
@@ -169,5 +175,21 @@ cublasStatus_t cublasGemmBatchedEx(cublasHandle_t blas, cublasOperation_t ta, cu
     for (int i = 0; i < count && status == CUBLAS_STATUS_SUCCESS; i++)
         status = cublasGemmEx(blas, ta, tb, m, n, k, alpha, a[i], type_a, lda, b[i], type_b, ldb,
                               beta, c[i], type_c, ldc, compute, algorithm);
+    return status;
+}
+
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t blas, cublasOperation_t ta,
+                                          cublasOperation_t tb, int m, int n, int k,
+                                          const void *alpha, const void *a, cudaDataType_t type_a,
+                                          int lda, long long a_stride, const void *b,
+                                          cudaDataType_t type_b, int ldb, long long b_stride,
+                                          const void *beta, void *c, cudaDataType_t type_c, int ldc,
+                                          long long c_stride, int count,
+                                          cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    for (int i = 0; i < count && status == CUBLAS_STATUS_SUCCESS; i++)
+        status = cublasGemmEx(blas, ta, tb, m, n, k, alpha, (const float *)a + i * a_stride, type_a,
+                              lda, (const float *)b + i * b_stride, type_b, ldb, beta,
+                              (float *)c + i * c_stride, type_c, ldc, compute, algorithm);
     return status;
 }
