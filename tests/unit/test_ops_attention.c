@@ -286,7 +286,7 @@ static void query_with_shared_keys_and_values(void **state) {
     Testing *t = *state;
     const size_t shapes[][5] = {/* frames, keys, heads, width, top_k */
                                 {1, 1, 1, 1, 0},  {1, 37, 1, 3, 0},  {3, 10, 2, 5, 4},
-                                {2, 5, 2, 3, 90}, {2, 10, 3, 17, 9}, {1, 9, 2, 290, 0}};
+                                {2, 5, 2, 3, 90}, {2, 10, 3, 17, 9}, {1, 3, 1, 260, 0}};
     for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
         const size_t *z = shapes[k];
         double scale = 0.7 / sqrt((double)z[3]); /* scores of order 1 */
@@ -300,6 +300,8 @@ static void query_with_shared_keys_and_values(void **state) {
                            NULL);
         Gradient gradient = {"dq", c.nq, c.q, dq, 0};
         testing_gradients(query_loss, &c, 1, &gradient);
+        if (k % 2) /* and without the entropy's gradient */
+            continue;
         query_forward(&c); /* of the query itself again */
         c.weight_probs = NULL;
         t->ops->query_back(t->be, &c.s, c.q, c.k, c.v, c.probs, c.weight, NULL, dq, NULL, NULL);
