@@ -66,9 +66,12 @@ LANGUAGE := -std=c11 -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WAR
 # --- GPU -----------------------------------------------------------------------------------------
 # Where the CUDA Toolkit is found; make CUDA=0 leaves it out (after make clean). Kernels for A100,
 # RTX 40 and H100, and PTX for what comes after.
-CUDA_SOURCES := $(sort $(wildcard cuda/*.c cuda/*.cu))
-CUDA_OBJECTS := $(CUDA_SOURCES:%=$(B)/gpu/%.o) $(B)/gpu/src/run/device.c.o
-OBJECTS := $(if $(CUDA_FOUND),$(CUDA_OBJECTS) $(filter-out %/device.o,$(SOURCES:%.c=$(B)/f32/%.o)),\
+CUDA_SOURCES := $(sort $(filter-out $(if $(NCCL_FOUND),,cuda/collective.c),$(wildcard cuda/*.c cuda/*.cu)))
+# The files of the program that know about it.
+CUDA_PARTS := src/run/device.c src/run/exchange.c
+CUDA_OBJECTS := $(CUDA_SOURCES:%=$(B)/gpu/%.o) $(CUDA_PARTS:%=$(B)/gpu/%.o)
+CUDA_DEFINES := -DFV_CUDA $(if $(NCCL_FOUND),-DFV_NCCL)
+OBJECTS := $(if $(CUDA_FOUND),$(CUDA_OBJECTS) $(patsubst %.c,$(B)/f32/%.o,$(filter-out $(CUDA_PARTS),$(SOURCES))),\
                               $(SOURCES:%.c=$(B)/f32/%.o))
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Isrc -I. -Xcompiler=-Wall,-Wextra,-ffp-contract=off \
               $(if $(WERROR),-Werror all-warnings) \
@@ -76,7 +79,7 @@ NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Isrc -I. -Xcompiler=-Wall,-Wextra,-ffp-c
               -gencode arch=compute_90,code=[sm_90,compute_90]
 $(B)/gpu/%.c.o: %.c $(B)/config.mk | $(B)/revision.h
 	@mkdir -p $(@D)
-	$(CC) $(LANGUAGE) $(CFLAGS) -DFV_CUDA $(CPPFLAGS) $(CUDA_CFLAGS) -MMD -MP -c $< -o $@
+	$(CC) $(LANGUAGE) $(CFLAGS) $(CUDA_DEFINES) $(CPPFLAGS) $(CUDA_CFLAGS) $(NCCL_CFLAGS) -MMD -MP -c $< -o $@
 $(B)/gpu/%.cu.o: %.cu $(B)/config.mk
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@
@@ -85,7 +88,7 @@ $(B)/gpu/%.cu.o: %.cu $(B)/config.mk
 all: fovea
 
 fovea: $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(if $(CUDA_FOUND),$(CUDA_LIBS)) -o $@
+	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(if $(CUDA_FOUND),$(NCCL_LIBS) $(CUDA_LIBS)) -o $@
 
 # One folder of objects per variant: float (the program), double (gradients), sanitizers.
 FLAGS_f32 := $(CFLAGS)

@@ -7,7 +7,7 @@
 
 /* --- failures -------------------------------------------------------------------------------- */
 
-static bool keep_failure(FvCuda *cuda, const char *what, const char *why) {
+bool fv_cuda_fail(FvCuda *cuda, const char *what, const char *why) {
     if (!cuda->failure[0])
         snprintf(cuda->failure, sizeof cuda->failure, "%s: %s", what, why);
     return false;
@@ -17,13 +17,13 @@ static bool keep_failure(FvCuda *cuda, const char *what, const char *why) {
 bool fv_cuda_ok(FvCuda *cuda, cudaError_t code, const char *what) {
     if (code == cudaSuccess && cuda->managed && cuda->stream && !cuda->capturing)
         code = cudaStreamSynchronize(cuda->stream);
-    return code == cudaSuccess || keep_failure(cuda, what, cudaGetErrorString(code));
+    return code == cudaSuccess || fv_cuda_fail(cuda, what, cudaGetErrorString(code));
 }
 
 bool fv_cublas_ok(FvCuda *cuda, cublasStatus_t code, const char *what) {
     if (code == CUBLAS_STATUS_SUCCESS)
         return fv_cuda_ok(cuda, cudaSuccess, what);
-    return keep_failure(cuda, what, cublasGetStatusString(code));
+    return fv_cuda_fail(cuda, what, cublasGetStatusString(code));
 }
 
 /* --- memory ---------------------------------------------------------------------------------- */
@@ -42,7 +42,7 @@ void *fv_cuda_workspace(FvCuda *cuda, size_t bytes) {
         return cuda->scratch[blocks - 1];
     size_t more = bytes > 2 * cuda->scratch_bytes ? bytes : 2 * cuda->scratch_bytes;
     if (blocks == FV_SCRATCH_BLOCKS) {
-        keep_failure(cuda, "workspace of an operation", "it grew too often");
+        fv_cuda_fail(cuda, "workspace of an operation", "it grew too often");
         return NULL;
     }
     if (!fv_cuda_ok(cuda, cudaMalloc(&cuda->scratch[blocks], more), "workspace of an operation"))

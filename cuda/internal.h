@@ -39,7 +39,7 @@ typedef struct FvCuda {
     size_t stages_used;
     cudaEvent_t marks[FV_MARKS];
     cudaGraphExec_t recording;
-    bool capturing; /* between record() and recorded() */
+    bool capturing;    /* between record() and recorded() */
     char failure[256]; /* the first since the last sync; "" when none */
 } FvCuda;
 
@@ -51,7 +51,8 @@ static inline FvCuda *fv_cuda(FvBackend *backend) {
  * when there is no memory: the operation returns without effect, and sync() reports it. */
 void *fv_cuda_workspace(FvCuda *, size_t bytes);
 
-/* Keeps the first failure; true when `code` is success. */
+/* Keeps the first failure; _ok: true when `code` is success. */
+bool fv_cuda_fail(FvCuda *, const char *what, const char *why); /* false */
 bool fv_cuda_ok(FvCuda *, cudaError_t code, const char *what);
 bool fv_cublas_ok(FvCuda *, cublasStatus_t code, const char *what);
 

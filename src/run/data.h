@@ -68,7 +68,7 @@ void fv_batch_free(FvBatch *);
 typedef struct FvLoader FvLoader;
 FvStatus fv_loader_start(FvData *, uint64_t seed, size_t batch, size_t shard, size_t shards,
                          size_t max_text, uint64_t first, FvLoader **out, FvError *err);
-/* The next step's batch; valid until the next call. */
+/* The next step's batch; valid until the call after the next. */
 FvStatus fv_loader_next(FvLoader *, const FvBatch **out, FvError *err);
 void fv_loader_stop(FvLoader *);
 

@@ -20,6 +20,7 @@ static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvErr
     FV_TRY(fv_cuda_device(out->index, &gpu, err));
     out->gpu = true;
     out->memory = gpu.memory;
+    snprintf(out->bus, sizeof out->bus, "%s", gpu.bus);
     snprintf(out->text, sizeof out->text, "%s %s, %.0f GB", gpu.name, gpu.bus,
              (double)gpu.memory / 1e9);
     return FV_OK;

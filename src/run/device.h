@@ -11,6 +11,7 @@ typedef struct FvDevice {
     size_t index;   /* among the GPUs that this process sees */
     size_t memory;  /* bytes, of a GPU */
     size_t threads; /* of the processor, for one job */
+    char bus[16];   /* of a GPU: "0000:1b:00.0" */
     char text[96];  /* "cpu, 2 threads", "NVIDIA H200 0000:1b:00.0, 141 GB" */
 } FvDevice;
 

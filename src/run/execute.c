@@ -38,6 +38,7 @@ typedef struct Session {
     FvWeightsRecord weights;
     size_t memory_before; /* bytes held before the study's own */
     FvGroup group;
+    FvLink link;
     FvDisplay *display;
     FvCoordinator *coordinator;
 } Session;
@@ -347,6 +348,7 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
                  .data = s->data,
                  .threads = s->threads > s->group.slots ? s->threads / s->group.slots : 1,
                  .device = s->device,
+                 .link = &s->link,
                  .stop = s->in->stop};
     Slot *slots = calloc(s->group.slots, sizeof *slots);
     pthread_t *threads = calloc(s->group.slots, sizeof *threads);
@@ -499,6 +501,7 @@ FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError 
         return status;
     fv_coordinator_destroy(s.coordinator);
     fv_display_destroy(s.display);
+    fv_link_close(&s.link);
     if (s.group.comms)
         fv_group_free(&s.group);
     close_data(&s);

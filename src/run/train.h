@@ -5,7 +5,7 @@
 
 #include "run/coordinator.h"
 #include "run/data.h"
-#include "run/device.h"
+#include "run/exchange.h"
 
 /* What the jobs of a rank share. */
 typedef struct FvRun {
@@ -16,6 +16,7 @@ typedef struct FvRun {
     FvCoordinator *coordinator;
     FvData *const *data; /* [experiments]; experiments with equal data share one */
     FvDevice device;
+    FvLink *link;
     size_t threads; /* per job, on a processor */
     const volatile sig_atomic_t *stop;
 } FvRun;
