@@ -281,6 +281,17 @@ void fv_cuda_gemm_batch(FvCuda *cuda, const FvGemm *g, size_t count, const float
                  "batched matrix product");
 }
 
+void fv_cuda_version(char *out, size_t size) {
+    int runtime = 0, driver = 0, blas[3] = {0};
+    const libraryPropertyType parts[] = {MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL};
+    cudaRuntimeGetVersion(&runtime); /* a failing call leaves the zero */
+    cudaDriverGetVersion(&driver);
+    for (int i = 0; i < 3; i++)
+        cublasGetProperty(parts[i], &blas[i]);
+    snprintf(out, size, "CUDA %d.%d, driver for %d.%d, cuBLAS %d.%d.%d", runtime / 1000,
+             runtime % 1000 / 10, driver / 1000, driver % 1000 / 10, blas[0], blas[1], blas[2]);
+}
+
 /* --- creation -------------------------------------------------------------------------------- */
 
 static void cuda_destroy(FvBackend *backend) {

@@ -5,6 +5,9 @@
 
 #ifdef FV_CUDA
 #include "cuda/cuda_backend.h"
+#ifdef FV_NCCL
+#include "cuda/collective.h"
+#endif
 
 static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvError *err) {
     char why[128];
@@ -26,6 +29,16 @@ static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvErr
     return FV_OK;
 }
 
+void fv_device_versions(char *out, size_t size) {
+    fv_cuda_version(out, size);
+    strncat(out, "\n", size - strlen(out) - 1);
+#ifdef FV_NCCL
+    size_t used = strlen(out);
+    fv_collective_version(out + used, size - used);
+    strncat(out, "\n", size - strlen(out) - 1);
+#endif
+}
+
 static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) {
     const FvCudaOptions options = {.device = device->index};
     return fv_cuda_backend_create(&options, out, err);
@@ -37,6 +50,10 @@ static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvErr
                           "--device cuda: this build has no CUDA backend; use --device cpu, or "
                           "build where 'make info' finds the CUDA Toolkit")
                 : FV_OK;
+}
+
+void fv_device_versions(char *out, size_t size) {
+    snprintf(out, size, "%s", "");
 }
 
 static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) {

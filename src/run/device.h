@@ -20,6 +20,9 @@ typedef struct FvDevice {
 FvStatus fv_device_choose(const char *wish, const FvWorld *, size_t threads, FvDevice *out,
                           FvError *err);
 
+/* Libraries of GPUs that the program is built with, a line each; "" without. */
+void fv_device_versions(char *out, size_t size);
+
 /* A backend for one job on the device, with `threads` on a processor; fv_backend_destroy it. */
 FvStatus fv_device_open(const FvDevice *, size_t threads, FvBackend **out, FvError *err);
 

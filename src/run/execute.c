@@ -10,6 +10,7 @@
 #include "run/evaluate.h"
 #include "run/files.h"
 #include "run/hdf5_lock.h"
+#include "run/model_folder.h"
 #include "run/outdir.h"
 #include "run/plan.h"
 #include "run/processor.h"
@@ -28,6 +29,7 @@ typedef struct Session {
     int lock;     /* rank 0: of OUT */
     size_t threads;
     FvDevice device;
+    bool all_gpus, seed_fits;    /* every rank has a GPU; and models/ the seed scale's models */
     FvData **data;               /* [experiments]; experiments with equal data share one */
     const FvDataInfo **info;     /* [experiments] */
     uint8_t **map_pixels;        /* rank 0, [experiments], shared like data */
@@ -104,9 +106,8 @@ static FvStatus name_jobs(Session *s, FvError *err) {
 
 static FvStatus read_study(Session *s, FvError *err) {
     const FvOptions *o = &s->in->options;
-    /* where a study names no scale */
-    FV_TRY(
-        fv_study_load(s->in->study_path, o->overrides, o->override_count, "small", &s->study, err));
+    FV_TRY(fv_study_load(s->in->study_path, o->overrides, o->override_count,
+                         s->seed_fits ? "seed" : "small", &s->study, err));
     FV_TRY(check_ranks(s, err));
     FV_TRY(choose_jobs(s, err));
     FV_TRY(name_jobs(s, err));
@@ -276,6 +277,9 @@ static void tell_study(Session *s) {
     fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
                    s->info[0]->source, s->info[0]->count[FV_TRAIN], s->info[0]->count[FV_HELD_OUT],
                    s->info[0]->latents);
+    if (s->all_gpus && !s->seed_fits && strcmp(c->scale, "small") == 0)
+        fv_display_log(s->display, "models/ lacks the models of the seed scale (make weights); "
+                                   "scale=seed runs its sizes without them");
     for (size_t e = 0; e < s->study.experiment_count; e++)
         tell_start(s, e);
     fv_display_log(s->display, "results: %s/results.h5", s->out);
@@ -416,14 +420,16 @@ static FvStatus keep_out(Session *s, FvError *err) {
 }
 
 static void note_versions(Session *s) {
-    char mpi[128], hdf5[32];
+    char mpi[128], hdf5[32], gpu[192];
     time_t seconds = time(NULL);
     struct tm utc;
     gmtime_r(&seconds, &utc);
     strftime(s->start, sizeof s->start, "%Y-%m-%dT%H:%M:%SZ", &utc);
     fv_mpi_version(mpi, sizeof mpi);
     fv_hdf5_version(hdf5, sizeof hdf5);
-    snprintf(s->libraries, sizeof s->libraries, "%s\nHDF5 %s\n%s\n", mpi, hdf5, fv_cpu_blas_name());
+    fv_device_versions(gpu, sizeof gpu);
+    snprintf(s->libraries, sizeof s->libraries, "%s\nHDF5 %s\n%s\n%s", mpi, hdf5,
+             fv_cpu_blas_name(), gpu);
 }
 
 static FvStatus list_jobs(const Session *s) {
@@ -445,10 +451,12 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     const FvWorld *w = &s->in->world;
     FvStatus made = FV_OK;
     s->memory_before = fv_memory_use().now;
-    TOGETHER(read_study(s, err));
     size_t cores = fv_claim_cores(w);
     s->threads = o->threads ? o->threads : cores;
     TOGETHER(fv_device_choose(o->device, w, s->threads, &s->device, err));
+    s->all_gpus = fv_world_all(s->device.gpu);
+    s->seed_fits = fv_world_all(s->all_gpus && fv_folder_has_seed());
+    TOGETHER(read_study(s, err));
     if (o->list || o->dry_run) {
         if (w->rank == 0)
             made = o->list ? list_jobs(s) : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
