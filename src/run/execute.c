@@ -27,6 +27,7 @@ typedef struct Session {
     char out[FV_PATH];
     bool *wanted; /* [jobs] */
     int lock;     /* rank 0: of OUT */
+    FvFence fence;
     size_t threads;
     FvDevice device;
     bool all_gpus, seed_fits;    /* every rank has a GPU; and models/ the seed scale's models */
@@ -348,6 +349,7 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
                  .group = &s->group,
                  .study = &s->study,
                  .out = s->out,
+                 .fence = &s->fence,
                  .coordinator = s->coordinator,
                  .data = s->data,
                  .threads = s->threads > s->group.slots ? s->threads / s->group.slots : 1,
@@ -383,6 +385,7 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
         .group = &s->group,
         .study = &s->study,
         .out = s->out,
+        .fence = &s->fence,
         .stop = s->in->stop,
         .wanted = s->wanted,
         .display = s->display,
@@ -402,7 +405,7 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
 
 static FvStatus open_out(Session *s, FvError *err) {
     return s->in->world.rank == 0
-               ? fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->lock, err)
+               ? fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->fence, &s->lock, err)
                : FV_OK;
 }
 
@@ -464,6 +467,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
         return FV_OK;
     }
     TOGETHER(open_out(s, err));
+    TOGETHER(fv_world_broadcast(&s->fence, sizeof s->fence, err));
     TOGETHER(open_data(s, err));
     if (w->rank == 0) /* who records them */
         made = fv_weights_record_make(&s->study, &s->weights, err);
@@ -513,7 +517,7 @@ FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError 
     if (s.group.comms)
         fv_group_free(&s.group);
     close_data(&s);
-    fv_outdir_close(s.lock);
+    fv_fence_release(s.lock);
     free(s.hosts);
     fv_weights_record_free(&s.weights);
     free(s.names);

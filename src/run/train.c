@@ -100,7 +100,7 @@ static FvStatus save_history(FvTrainer *t, FvError *err) {
     if (!is_root(t) || h->steps < t->shown_steps || h->evals < t->shown_evals ||
         h->maps < t->shown_maps)
         return FV_OK;
-    return fv_history_save(t->history_path, h, &t->info, err);
+    return fv_history_save(t->history_path, h, &t->info, t->run->fence, err);
 }
 
 static FvStatus save_checkpoint(FvTrainer *t, FvError *err) {
@@ -460,7 +460,7 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     char study[8192];
     describe(t, study, sizeof study);
     FvParams *params = fv_model_params(t->model);
-    FV_TRY(fv_checkpointer_create(t->folder, study, params, t->be, FV_HISTORY_TENSORS,
+    FV_TRY(fv_checkpointer_create(t->folder, study, run->fence, params, t->be, FV_HISTORY_TENSORS,
                                   &t->checkpointer, err));
     t->info.parameters = params->total;
     t->info.trained = params->trained;

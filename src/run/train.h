@@ -13,6 +13,7 @@ typedef struct FvRun {
     const FvGroup *group;
     const FvStudy *study;
     const char *out;
+    const FvFence *fence;
     FvCoordinator *coordinator;
     FvData *const *data; /* [experiments]; experiments with equal data share one */
     FvDevice device;
