@@ -55,7 +55,7 @@ const FvKey *fv_config_find(const char *name) {
 
 bool fv_key_changes_results(const FvKey *key) {
     static const char *const others[] = {"checkpoint_steps", "checkpoint_seconds", "graph", "comm",
-                                         "comm_timeout"};
+                                         "watchdog"};
     for (size_t i = 0; i < sizeof others / sizeof *others; i++)
         if (strcmp(key->name, others[i]) == 0)
             return false;

@@ -63,7 +63,7 @@
     X(flag, graph, true, 0, 1, "GPU: a step is recorded once and replayed, not queued anew")       \
     X(text, comm, "auto", "auto|mpi|nccl", 0,                                                      \
       "how ranks of an experiment average gradients; auto: NCCL where each has its own GPU")       \
-    X(real, comm_timeout, 600, 1e-3, 1e9, "NCCL: seconds until a rank that is silent is given up") \
+    X(real, watchdog, 600, 0.1, 1e9, "seconds without a step after which a run counts as hung")    \
     /* start values */                                                                             \
     X(text, dino_from, "auto", "", 0,                                                              \
       "DINOv2 encoder to start from: a safetensors file, a Hugging Face folder or the name of "    \

@@ -16,6 +16,7 @@
 #include "run/processor.h"
 #include "run/ranking.h"
 #include "run/sha256.h"
+#include "run/stage.h"
 #include "run/train.h"
 #include "run/weights.h"
 #include "run/weights_record.h"
@@ -42,6 +43,7 @@ typedef struct Session {
     size_t memory_before; /* bytes held before the study's own */
     FvGroup group;
     FvLink link;
+    FvWatchdog *watchdog;
     FvDisplay *display;
     FvCoordinator *coordinator;
 } Session;
@@ -157,6 +159,34 @@ static FvStatus check_experiment(const Session *s, size_t e, const FvDataInfo *d
     return fv_weights_check_model(c, &plan.model, err);
 }
 
+static bool is_staged(const Session *s, const FvConfig *c) {
+    return s->in->options.stage && strcmp(c->data, "procedural") != 0;
+}
+
+/* One rank of each host copies; the others go on when all have agreed that it is done. */
+static FvStatus stage_data(const Session *s, FvError *err) {
+    if (s->in->world.local_rank != 0)
+        return FV_OK;
+    for (size_t e = 0; e < s->study.experiment_count; e++)
+        if (is_staged(s, &s->study.experiments[e].config))
+            FV_TRY(fv_stage(s->in->options.stage, s->study.experiments[e].config.data, err));
+    return FV_OK;
+}
+
+static FvStatus open_one(const Session *s, const FvConfig *config, FvData **out, FvError *err) {
+    FvConfig c = *config;
+    char path[FV_PATH];
+    if (!is_staged(s, config))
+        return fv_data_open(config, out, err);
+    FV_TRY(fv_stage_path(s->in->options.stage, config->data, path, err));
+    if (strlen(path) >= sizeof c.data)
+        return FV_FAIL(err, FV_DATA, "--stage %s: the path is too long", s->in->options.stage);
+    memcpy(c.data, path, strlen(path) + 1);
+    FV_TRY(fv_data_open(&c, out, err));
+    fv_data_show_as(*out, config->data);
+    return FV_OK;
+}
+
 static FvStatus open_data(Session *s, FvError *err) {
     size_t n = s->study.experiment_count;
     s->data = calloc(n, sizeof *s->data);
@@ -172,7 +202,7 @@ static FvStatus open_data(Session *s, FvError *err) {
                 s->map_pixels[e] = s->map_pixels[f];
             }
         if (!s->data[e]) {
-            FV_TRY(fv_data_open(c, &s->data[e], err));
+            FV_TRY(open_one(s, c, &s->data[e], err));
             if (s->in->world.rank == 0)
                 FV_TRY(read_map_pixels(s->data[e], c->map_clips, &s->map_pixels[e], err));
         }
@@ -355,6 +385,7 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
                  .threads = s->threads > s->group.slots ? s->threads / s->group.slots : 1,
                  .device = s->device,
                  .link = &s->link,
+                 .watchdog = s->watchdog,
                  .stop = s->in->stop};
     Slot *slots = calloc(s->group.slots, sizeof *slots);
     pthread_t *threads = calloc(s->group.slots, sizeof *threads);
@@ -468,6 +499,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     }
     TOGETHER(open_out(s, err));
     TOGETHER(fv_world_broadcast(&s->fence, sizeof s->fence, err));
+    TOGETHER(stage_data(s, err));
     TOGETHER(open_data(s, err));
     if (w->rank == 0) /* who records them */
         made = fv_weights_record_make(&s->study, &s->weights, err);
@@ -479,6 +511,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
         tell_study(s);
     TOGETHER(tell_ranks(s, err));
     TOGETHER(start_coordinator(s, err));
+    TOGETHER(fv_watchdog_start(w, &s->group, s->name_list, &s->watchdog, err));
     FvStatus status = run_slots(s, abort, err);
     if (*abort) {
         *speaker = true;
@@ -511,6 +544,7 @@ FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError 
     FvStatus status = run_session(&s, speaker, abort, err);
     if (*abort)
         return status;
+    fv_watchdog_stop(s.watchdog);
     fv_coordinator_destroy(s.coordinator);
     fv_display_destroy(s.display);
     fv_link_close(&s.link);

@@ -64,12 +64,28 @@ static bool is_alive_here(const Owner *held, const Owner *mine) {
            (kill((pid_t)held->pid, 0) == 0 || errno == EPERM);
 }
 
+static void describe(const Owner *o, char *out, size_t size) {
+    if (strcmp(o->job, "-") == 0)
+        snprintf(out, size, "process %ld on %s", o->pid, o->host);
+    else
+        snprintf(out, size, "process %ld on %s, job %s (restart %lu)", o->pid, o->host, o->job,
+                 o->restart);
+}
+
+void fv_fence_describe(const char *folder, char *out, size_t size) {
+    Owner owner;
+    if (read_owner(folder, &owner))
+        describe(&owner, out, size);
+    else
+        snprintf(out, size, "unknown");
+}
+
 static FvStatus refuse(const char *folder, const Owner *held, FvError *err) {
+    char who[FV_OWNER];
+    describe(held, who, sizeof who);
     return FV_FAIL(err, FV_IO,
-                   "%s: another fovea is writing there (process %ld on %s%s%s); wait for it or "
-                   "choose another --out",
-                   folder, held->pid, held->host, strcmp(held->job, "-") != 0 ? ", job " : "",
-                   strcmp(held->job, "-") != 0 ? held->job : "");
+                   "%s: another fovea is writing there (%s); wait for it or choose another --out",
+                   folder, who);
 }
 
 /* Whether the lock, or without locks the last owner, leaves the folder to this run. */
@@ -131,6 +147,7 @@ FvStatus fv_fence_check(const FvFence *fence, FvError *err) {
     if (!read_owner(fence->folder, &now))
         return FV_FAIL(err, FV_IO, "%s: is damaged: this run can no longer tell that it may write",
                        path);
-    return FV_FAIL(err, FV_IO, "%s: job %s (restart %lu, process %ld on %s) has taken over",
-                   fence->folder, now.job, now.restart, now.pid, now.host);
+    char who[FV_OWNER];
+    describe(&now, who, sizeof who);
+    return FV_FAIL(err, FV_IO, "%s: another run has taken over: %s", fence->folder, who);
 }

@@ -19,6 +19,9 @@ typedef struct FvFence {
 FvStatus fv_fence_take(const char *folder, FvFence *, int *lock, FvError *);
 void fv_fence_release(int lock);
 
+/* "process 71 on node3, job 512 (restart 1)" of OUT/owner, or "unknown" */
+void fv_fence_describe(const char *folder, char *out, size_t size);
+
 /* FV_IO when another run has taken over, or the folder is gone. NULL is never refused. */
 FvStatus fv_fence_check(const FvFence *, FvError *);
 

@@ -84,7 +84,8 @@ typedef enum FvJobState {
     FV_JOB_RUNNING,
     FV_JOB_FINISHED,
     FV_JOB_STOPPED,
-    FV_JOB_FAILED
+    FV_JOB_FAILED,
+    FV_JOB_STATES
 } FvJobState;
 const char *fv_job_state_name(FvJobState); /* "waiting", "running", "finished", ... */
 

@@ -51,6 +51,10 @@ static bool is_root(const FvTrainer *t) {
     return t->run->group->rank == 0;
 }
 
+static void doing(const FvTrainer *t, FvActivity activity) {
+    fv_watchdog_at(t->run->watchdog, t->slot, t->job, t->step, activity, t->config->watchdog);
+}
+
 /* Rows at step 0, at every multiple and at the end. */
 static size_t rows_over(size_t steps, size_t every) {
     return 1 + steps / every + (steps % every != 0);
@@ -313,7 +317,9 @@ static FvStatus compute(FvTrainer *t, const FvAdamW *adamw, FvError *err) {
     fv_model_coarse(m);
     fv_model_fine(m);
     fv_model_backward(m);
+    doing(t, FV_WAITING);
     FV_TRY(fv_exchange_finish(t->exchange, err));
+    doing(t, FV_COMPUTING);
     fv_model_norm(m);
     fv_model_update(m, adamw);
     return FV_OK;
@@ -340,6 +346,7 @@ static FvStatus compute_or_replay(FvTrainer *t, const FvAdamW *adamw, FvError *e
 
 static FvStatus begin_step(FvTrainer *t, FvError *err) {
     size_t place = t->begun % FV_MARKS;
+    doing(t, FV_COMPUTING);
     FvAdamW adamw = adamw_of(t, t->begun);
     FV_TRY(fv_loader_next(t->loader, &t->batch[place], err));
     fv_model_load(t->model, t->batch[place]);
@@ -356,6 +363,7 @@ static FvStatus finish_step(FvTrainer *t, FvError *err) {
     size_t place = t->step % FV_MARKS;
     FV_TRY(fv_exchange_wait(t->exchange, place, err));
     FV_TRY(fv_model_measured(t->model, place, &measures, err));
+    doing(t, FV_WAITING);
     FV_TRY(average(t, &measures, &means, err));
     if (!isfinite(total_loss(&t->c, &means)) || !isfinite(measures.norm))
         return fail_not_finite(t, t->batch[place], err);
@@ -365,6 +373,7 @@ static FvStatus finish_step(FvTrainer *t, FvError *err) {
     t->step++;
     t->stop = t->stop || means.stop > 0;
     t->save = t->save || means.save > 0;
+    doing(t, FV_COMPUTING);
     return FV_OK;
 }
 
@@ -432,7 +441,6 @@ static FvStatus train_loop(FvTrainer *t, FvError *err) {
 static FvStatus connect(FvTrainer *t, FvError *err) {
     const FvRun *run = t->run;
     const FvExchangeConfig config = {.comm = t->config->comm,
-                                     .timeout = t->config->comm_timeout,
                                      .world = run->world,
                                      .group = run->group,
                                      .slot = t->slot,
@@ -506,6 +514,7 @@ static FvStatus end(FvTrainer *t, FvStatus status, FvError *err) {
     if (status != FV_OK && t->info.state == FV_JOB_FINISHED)
         t->info.state = FV_JOB_FAILED;
     report(t, t->info.why);
+    doing(t, FV_IDLE);
     return status;
 }
 

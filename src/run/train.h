@@ -6,6 +6,7 @@
 #include "run/coordinator.h"
 #include "run/data.h"
 #include "run/exchange.h"
+#include "run/watchdog.h"
 
 /* What the jobs of a rank share. */
 typedef struct FvRun {
@@ -18,6 +19,7 @@ typedef struct FvRun {
     FvData *const *data; /* [experiments]; experiments with equal data share one */
     FvDevice device;
     FvLink *link;
+    FvWatchdog *watchdog;
     size_t threads; /* per job, on a processor */
     const volatile sig_atomic_t *stop;
 } FvRun;

@@ -117,7 +117,7 @@ static void a_later_start_of_the_job_takes_over(void **state) {
     assert_int_equal(fv_fence_take(later.path, &later.fence, &later.lock, &err), FV_OK);
     assert_int_equal(replace_file(&later, "second", &err), FV_OK);
     assert_int_equal(replace_file(f, "orphan", &err), FV_IO);
-    assert_non_null(strstr(err.text, "job 71 (restart 1"));
+    assert_non_null(strstr(err.text, "job 71 (restart 1)"));
     check_file(&later, "second");
     fv_fence_release(later.lock);
 }
