@@ -127,9 +127,9 @@ $(B)/revision.h: FORCE
 # The backend in cuda/, its own source, against the stand-in for CUDA in tests/cuda_host, under the
 # sanitizers: the suite of operations.
 HOST_TESTS := $(patsubst tests/unit/%.c,$(B)/host/%,$(filter-out %/test_ops_backend.c,$(filter tests/unit/test_ops%,$(TESTS_F64))))
-HOST_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+HOST_FLAGS := -O2 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 HOST_CPPFLAGS := -DFV_TEST_CUDA -Itests/cuda_host -Itests/unit $(CPPFLAGS)
-HOST_CUDA := $(patsubst %,$(B)/host/%.o,$(wildcard cuda/*.c cuda/*.cu tests/cuda_host/*.c tests/cuda_host/*.cpp))
+HOST_CUDA := $(patsubst %,$(B)/host/%.o,$(wildcard cuda/*.c cuda/*.cu) $(filter-out %/test_%,$(wildcard tests/cuda_host/*.cpp)))
 $(B)/host/%.c.o: %.c $(B)/config.mk | $(B)/revision.h
 	@mkdir -p $(@D)
 	$(CC) $(LANGUAGE) $(HOST_FLAGS) $(HOST_CPPFLAGS) -MMD -MP -c $< -o $@
