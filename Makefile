@@ -130,15 +130,18 @@ $(B)/revision.h: FORCE
 # The backend in cuda/, its own source, against the stand-in for CUDA in tests/cuda_host, under the
 # sanitizers: the suite of operations.
 HOST_TESTS := $(patsubst tests/unit/%.c,$(B)/host/%,$(filter-out %/test_ops_backend.c,$(filter tests/unit/test_ops%,$(TESTS_F64))))
-HOST_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+HOST_FLAGS := -O2 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 HOST_CPPFLAGS := -DFV_TEST_CUDA -Itests/cuda_host -Itests/unit $(CPPFLAGS)
-HOST_CUDA := $(patsubst %,$(B)/host/%.o,$(wildcard cuda/*.c cuda/*.cu tests/cuda_host/*.c tests/cuda_host/*.cpp))
+HOST_SHIM := $(patsubst %,$(B)/host/%.o,$(filter-out tests/cuda_host/test_%,$(wildcard tests/cuda_host/*.cpp)))
+HOST_CUDA := $(patsubst %,$(B)/host/%.o,$(wildcard cuda/*.c cuda/*.cu)) $(HOST_SHIM)
 $(B)/host/%.c.o: %.c $(B)/config.mk | $(B)/revision.h
 	@mkdir -p $(@D)
 	$(CC) $(LANGUAGE) $(HOST_FLAGS) $(HOST_CPPFLAGS) -MMD -MP -c $< -o $@
 $(B)/host/%.o: % $(B)/config.mk
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -x c++ -ffp-contract=off $(HOST_WARNINGS) $(HOST_FLAGS) $(HOST_CPPFLAGS) -MMD -MP -c $< -o $@
+$(B)/host/test_%: $(B)/host/tests/cuda_host/test_%.cpp.o $(HOST_SHIM)
+	$(CXX) $(HOST_FLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) -o $@
 $(B)/host/test_%: $(B)/host/tests/unit/test_%.c.o $(SHARED:%=$(B)/host/%.o) $(HOST_CUDA) \
                   $(PARTS_F64:%=$(B)/host/%.o)
 	$(CXX) $(HOST_FLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) -o $@
