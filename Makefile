@@ -42,7 +42,7 @@ $(B)/config.mk: scripts/configure scripts/packages.txt
 SOURCES := $(sort $(wildcard src/base/*.c src/backend/*.c src/model/*.c src/run/*.c src/main.c))
 PARTS := $(filter-out src/main.c,$(SOURCES))
 # The part of the program whose mathematics is proved in double.
-PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file% \
+PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file% src/run/fence% \
              src/run/weights.c src/run/model_folder% src/run/hf_config% src/run/config%,$(PARTS))
 TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
@@ -51,7 +51,7 @@ C_FILES := $(SOURCES) $(wildcard src/*/*.h cuda/*.[ch] cuda/*.cu cuda/*.cuh test
                                 tests/speed/*.c tests/reference/*.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
-FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c \
+FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c src/run/fence.c \
                        src/run/config.c src/run/study% src/run/model_folder.c \
                        src/run/hf_config.c,$(PARTS))
 
