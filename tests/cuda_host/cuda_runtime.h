@@ -182,7 +182,8 @@ static inline cudaError_t host_call(const char *name, void (*kernel)(P...), dim3
 
 #define FV_LAUNCH(cuda, kernel, blocks, threads, shared, ...)                                      \
     do {                                                                                           \
-        host_call(#kernel, kernel, (blocks), (threads), (shared), (cuda)->stream, __VA_ARGS__);    \
+        host_call(__FILE__ ":" #kernel, kernel, (blocks), (threads), (shared), (cuda)->stream,     \
+                  __VA_ARGS__);                                                                    \
         fv_cuda_ok((cuda), cudaGetLastError(), #kernel);                                           \
     } while (0)
 #define FV_SHARED(type, name) type *name = (type *)host_shared()

@@ -150,45 +150,41 @@ Fiber *idle_fiber() {
     return fiber;
 }
 
-/* The lane of a warp that goes on: the next ready one in their order, once all that have not
- * returned stand at the warp's barrier all of them. -1: none can. */
-UNCHECKED int next_lane(Warp &w, size_t after) {
+/* Goes on in a warp: with the next ready lane in their order, once all that have not returned stand
+ * at the warp's barrier with all of them. False: none can. */
+UNCHECKED bool choose_lane(size_t index, size_t after) {
+    Warp &w = runner->warps[index];
     if (w.ready == 0 && w.at_block == 0) {
         w.ready = w.at_warp;
         w.at_warp = 0;
     }
+    if (w.ready == 0)
+        return false;
     uint32_t later = after + 1 < warp ? w.ready & ~0u << (after + 1) : 0;
-    return w.ready ? std::countr_zero(later ? later : w.ready) : -1;
+    runner->current = index * warp + (size_t)std::countr_zero(later ? later : w.ready);
+    return true;
 }
 
 /* Chooses the thread that goes on; false when all have returned. */
 UNCHECKED bool choose() {
     Runner &r = *runner;
-    size_t mine = r.current / warp, count = (r.threads + warp - 1) / warp;
-    for (int round = 0; round < 2; round++) {
-        for (size_t i = 0; i < count; i++) {
-            size_t w = (mine + i) % count;
-            int lane = next_lane(r.warps[w], i == 0 ? r.current % warp : warp);
-            if (lane >= 0) {
-                r.current = w * warp + (size_t)lane;
-                return true;
-            }
+    if (choose_lane(r.current / warp, r.current % warp))
+        return true;
+    size_t count = (r.threads + warp - 1) / warp;
+    for (size_t w = 0; w < count; w++)
+        if (choose_lane(w, warp))
+            return true;
+    bool any = false;
+    for (size_t w = 0; w < count; w++) {
+        if (r.warps[w].at_warp) {
+            fprintf(stderr, "%s: threads wait at different barriers\n", r.name);
+            abort();
         }
-        bool waits = false;
-        for (size_t w = 0; w < count; w++) {
-            if (r.warps[w].at_warp) {
-                fprintf(stderr, "%s: threads wait at different barriers\n", r.name);
-                abort();
-            }
-            waits = waits || r.warps[w].at_block;
-            r.warps[w].ready = r.warps[w].at_block;
-            r.warps[w].at_block = 0;
-        }
-        if (!waits)
-            return false;
-        mine = 0, r.current = warp - 1; /* from the first thread */
+        any = any || r.warps[w].at_block;
+        r.warps[w].ready = r.warps[w].at_block;
+        r.warps[w].at_block = 0;
     }
-    return false;
+    return any && choose();
 }
 
 /* Leaves a thread that waits; returns when it goes on. */
@@ -241,7 +237,7 @@ void run_block() {
     go_to(idle_fiber());
 }
 
-/* Names of kernels that ran, for the list of those that did not: appended to a file. */
+/* FILE:KERNEL of those that ran, for the list of those that did not: appended to a file. */
 void note(const char *name) {
     static const char *path = getenv("CUDA_HOST_KERNELS");
     static std::mutex lock;
