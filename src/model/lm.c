@@ -279,12 +279,14 @@ void fv_lm_backward(FvModel *m, FvPass pass) {
     }
 }
 
-void fv_lm_text_backward(FvModel *m) {
+void fv_lm_text_backward(FvModel *m, bool last) {
     const FvSegment *s = &m->lm.text;
     for (size_t l = m->c.lm_layers; l-- > 0;) {
         bool inner = l + 1 < m->c.lm_layers;
         if (inner)
             block_backward(m, s, l, s->dk[l], s->dv[l]);
         keys_backward(m, s, l, s->dk[l], s->dv[l], inner);
+        if (last)
+            fv_ready_from(m, m->lm.layer[l].norm1.g);
     }
 }
