@@ -308,7 +308,7 @@ static void tell_study(Session *s) {
     fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
                    s->info[0]->source, s->info[0]->count[FV_TRAIN], s->info[0]->count[FV_HELD_OUT],
                    s->info[0]->latents);
-    if (s->all_gpus && !s->seed_fits && strcmp(c->scale, "small") == 0)
+    if (s->all_gpus && !s->seed_fits && !s->in->options.study && strcmp(c->scale, "small") == 0)
         fv_display_log(s->display, "models/ lacks the models of the seed scale (make weights); "
                                    "scale=seed runs its sizes without them");
     for (size_t e = 0; e < s->study.experiment_count; e++)
