@@ -1,4 +1,4 @@
-/* The CUDA backend: devices, memory, matrix products, and the table of operations. */
+/* The CUDA backend: devices, memory, and the table of operations. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,18 +7,18 @@
 
 /* --- failures -------------------------------------------------------------------------------- */
 
-static bool keep_failure(FvCuda *cuda, const char *what, const char *why) {
+bool fv_cuda_fail(FvCuda *cuda, const char *what, const char *why) {
     if (!cuda->failure[0])
         snprintf(cuda->failure, sizeof cuda->failure, "%s: %s", what, why);
     return false;
 }
 
 bool fv_cuda_ok(FvCuda *cuda, cudaError_t code, const char *what) {
-    return code == cudaSuccess || keep_failure(cuda, what, cudaGetErrorString(code));
+    return code == cudaSuccess || fv_cuda_fail(cuda, what, cudaGetErrorString(code));
 }
 
 bool fv_cublas_ok(FvCuda *cuda, cublasStatus_t code, const char *what) {
-    return code == CUBLAS_STATUS_SUCCESS || keep_failure(cuda, what, cublasGetStatusString(code));
+    return code == CUBLAS_STATUS_SUCCESS || fv_cuda_fail(cuda, what, cublasGetStatusString(code));
 }
 
 /* --- memory ---------------------------------------------------------------------------------- */
@@ -65,6 +65,7 @@ static FvStatus cuda_alloc(FvBackend *backend, size_t bytes, void **out, FvError
 }
 
 static void cuda_release(FvBackend *backend, void *p) {
+    fv_cuda_forget(fv_cuda(backend), p);
     fv_cuda_ok(fv_cuda(backend), cudaFree(p), "freeing memory");
 }
 
@@ -108,42 +109,6 @@ static FvStatus cuda_sync(FvBackend *backend, FvError *err) {
     return status;
 }
 
-/* --- matrix products ------------------------------------------------------------------------- */
-
-/* cuBLAS is column-major: a row-major c = a b is its c^T = b^T a^T, operands exchanged. */
-static cublasOperation_t transposed(bool trans) {
-    return trans ? CUBLAS_OP_T : CUBLAS_OP_N;
-}
-
-static cublasComputeType_t arithmetic(const FvCuda *cuda) {
-    return cuda->bf16 ? CUBLAS_COMPUTE_32F_FAST_16BF : CUBLAS_COMPUTE_32F;
-}
-
-void fv_cuda_gemm(FvCuda *cuda, const FvGemm *g, const float *a, const float *b, float *c) {
-    if (g->m == 0 || g->n == 0)
-        return;
-    fv_cublas_ok(cuda,
-                 cublasGemmEx(cuda->blas, transposed(g->trans_b), transposed(g->trans_a), (int)g->n,
-                              (int)g->m, (int)g->k, &g->alpha, b, CUDA_R_32F, (int)g->ldb, a,
-                              CUDA_R_32F, (int)g->lda, &g->beta, c, CUDA_R_32F, (int)g->ldc,
-                              arithmetic(cuda), CUBLAS_GEMM_DEFAULT),
-                 "matrix product");
-}
-
-void fv_cuda_gemm_batch(FvCuda *cuda, const FvGemm *g, size_t count, const float *const *a,
-                        const float *const *b, float *const *c) {
-    if (g->m == 0 || g->n == 0 || count == 0)
-        return;
-    fv_cublas_ok(cuda,
-                 cublasGemmBatchedEx(cuda->blas, transposed(g->trans_b), transposed(g->trans_a),
-                                     (int)g->n, (int)g->m, (int)g->k, &g->alpha,
-                                     (const void *const *)b, CUDA_R_32F, (int)g->ldb,
-                                     (const void *const *)a, CUDA_R_32F, (int)g->lda, &g->beta,
-                                     (void *const *)c, CUDA_R_32F, (int)g->ldc, (int)count,
-                                     arithmetic(cuda), CUBLAS_GEMM_DEFAULT),
-                 "batched matrix product");
-}
-
 /* --- creation -------------------------------------------------------------------------------- */
 
 static void cuda_destroy(FvBackend *backend) {
@@ -152,6 +117,7 @@ static void cuda_destroy(FvBackend *backend) {
     if (cuda->blas)
         cublasDestroy(cuda->blas);
     cudaFree(cuda->scratch);
+    fv_cuda_forget(cuda, NULL);
     if (cuda->stream)
         cudaStreamDestroy(cuda->stream);
     free(cuda);
@@ -160,6 +126,9 @@ static void cuda_destroy(FvBackend *backend) {
 #define FV_CUDA_ENTRY(name) .name = fv_cuda_##name,
 static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .alloc = cuda_alloc,
+                               .alloc_operands = fv_cuda_alloc_operands,
+                               .alloc_weights = fv_cuda_alloc_weights,
+                               .weights_changed = fv_cuda_weights_changed,
                                .release = cuda_release,
                                .upload = cuda_upload,
                                .download = cuda_download,
@@ -187,14 +156,18 @@ FvStatus fv_cuda_device(size_t index, FvCudaDevice *out, FvError *err) {
     return FV_OK;
 }
 
-/* cuBLAS repeats its bits on one stream with a workspace of its own. */
+/* cuBLAS repeats its bits on one stream with a workspace of its own. Parts of a sum are added in
+ * float also where the result is bfloat16. */
 static bool start(FvCuda *cuda) {
     return fv_cuda_ok(cuda, cudaSetDevice(cuda->device), "choosing the GPU") &&
            fv_cuda_ok(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                       "making a stream") &&
            fv_cublas_ok(cuda, cublasCreate(&cuda->blas), "starting cuBLAS") &&
            fv_cublas_ok(cuda, cublasSetStream(cuda->blas, cuda->stream), "cuBLAS's stream") &&
-           fv_cublas_ok(cuda, cublasSetMathMode(cuda->blas, CUBLAS_DEFAULT_MATH), "cuBLAS's mode");
+           fv_cublas_ok(
+               cuda,
+               cublasSetMathMode(cuda->blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
+               "cuBLAS's mode");
 }
 
 FvStatus fv_cuda_backend_create(const FvCudaOptions *options, FvBackend **out, FvError *err) {
@@ -207,6 +180,9 @@ FvStatus fv_cuda_backend_create(const FvCudaOptions *options, FvBackend **out, F
                      .device = (int)options->device,
                      .bf16 = options->bf16,
                      .managed = options->managed};
+    cuda->base.operand_bytes = options->bf16 ? 2 : sizeof(real);
+    if (options->bf16)
+        fv_cuda_check_floats(cuda, &cuda_ops);
     snprintf(cuda->base.description, sizeof cuda->base.description, "%s, %s, %s", device.name,
              device.bus, options->bf16 ? "bf16" : "fp32");
     if (!start(cuda)) {

@@ -1,5 +1,6 @@
 /* Memory, copies and matrix products of the stand-in for CUDA: see cuda_runtime.h. */
 #include <cblas.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -106,29 +107,33 @@ cublasStatus_t cublasSetStream(cublasHandle_t blas, cudaStream_t stream) {
 }
 
 cublasStatus_t cublasSetMathMode(cublasHandle_t blas, cublasMath_t mode) {
-    return blas && mode == CUBLAS_DEFAULT_MATH ? CUBLAS_STATUS_SUCCESS
-                                               : CUBLAS_STATUS_INVALID_VALUE;
+    return blas && mode == CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
+               ? CUBLAS_STATUS_SUCCESS
+               : CUBLAS_STATUS_INVALID_VALUE;
 }
 
-/* To the nearest bfloat16, ties to even; infinities and NaN stay what they are. */
-static float rounded(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7f800000u) != 0x7f800000u)
-        bits += 0x7fffu + (bits >> 16 & 1);
-    bits &= 0xffff0000u;
-    memcpy(&x, &bits, sizeof bits);
-    return x;
-}
-
-/* A column-major matrix, packed. */
-static float *rounded_copy(const float *x, int rows, int columns, int stride) {
+/* A column-major matrix of either type, packed, in float; NULL when memory is out. */
+static float *widened(const void *x, cudaDataType type, int rows, int columns, int stride) {
     float *y = malloc(((size_t)rows * (size_t)columns + 1) * sizeof *y);
     for (int j = 0; y && j < columns; j++)
-        for (int i = 0; i < rows; i++)
-            y[(size_t)j * (size_t)rows + (size_t)i] =
-                rounded(x[(size_t)j * (size_t)stride + (size_t)i]);
+        for (int i = 0; i < rows; i++) {
+            size_t from = (size_t)j * (size_t)stride + (size_t)i;
+            size_t to = (size_t)j * (size_t)rows + (size_t)i;
+            if (type == CUDA_R_32F) {
+                y[to] = ((const float *)x)[from];
+                continue;
+            }
+            uint32_t bits = (uint32_t)((const uint16_t *)x)[from] << 16;
+            memcpy(y + to, &bits, sizeof bits);
+        }
     return y;
+}
+
+/* To the nearest bfloat16, ties to even; infinities stay and NaN becomes CUDA's. */
+static uint16_t rounded(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7fff : (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 static enum CBLAS_TRANSPOSE transposed(cublasOperation_t op) {
@@ -136,34 +141,45 @@ static enum CBLAS_TRANSPOSE transposed(cublasOperation_t op) {
 }
 
 cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t ta, cublasOperation_t tb, int m,
-                            int n, int k, const void *alpha, const void *a, cudaDataType_t type_a,
-                            int lda, const void *b, cudaDataType_t type_b, int ldb,
-                            const void *beta, void *c, cudaDataType_t type_c, int ldc,
-                            cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
+                            int n, int k, const void *alpha, const void *a, cudaDataType type_a,
+                            int lda, const void *b, cudaDataType type_b, int ldb, const void *beta,
+                            void *c, cudaDataType type_c, int ldc, cublasComputeType_t compute,
+                            cublasGemmAlgo_t algorithm) {
     int rows_a = ta == CUBLAS_OP_T ? k : m, rows_b = tb == CUBLAS_OP_T ? n : k;
     (void)algorithm;
-    if (!blas || type_a != CUDA_R_32F || type_b != CUDA_R_32F || type_c != CUDA_R_32F || m < 1 ||
-        n < 1 || k < 0 || lda < rows_a || ldb < rows_b || ldc < m)
+    if (!blas || compute != CUBLAS_COMPUTE_32F || type_a != type_b ||
+        (type_a == CUDA_R_32F && type_c != CUDA_R_32F) || m < 1 || n < 1 || k < 0 || lda < rows_a ||
+        ldb < rows_b || ldc < m)
         return CUBLAS_STATUS_INVALID_VALUE;
-    float *short_a = NULL, *short_b = NULL;
-    if (compute == CUBLAS_COMPUTE_32F_FAST_16BF) {
-        a = short_a = rounded_copy(a, rows_a, ta == CUBLAS_OP_T ? m : k, lda);
-        b = short_b = rounded_copy(b, rows_b, tb == CUBLAS_OP_T ? k : n, ldb);
-        lda = rows_a > 0 ? rows_a : 1;
-        ldb = rows_b > 0 ? rows_b : 1;
+    if (type_a == CUDA_R_32F) {
+        cblas_sgemm(CblasColMajor, transposed(ta), transposed(tb), m, n, k, *(const float *)alpha,
+                    a, lda, b, ldb, *(const float *)beta, c, ldc);
+        return CUBLAS_STATUS_SUCCESS;
     }
-    cblas_sgemm(CblasColMajor, transposed(ta), transposed(tb), m, n, k, *(const float *)alpha, a,
-                lda, b, ldb, *(const float *)beta, c, ldc);
-    free(short_a);
-    free(short_b);
-    return CUBLAS_STATUS_SUCCESS;
+    float *wide_a = widened(a, type_a, rows_a, ta == CUBLAS_OP_T ? m : k, lda);
+    float *wide_b = widened(b, type_b, rows_b, tb == CUBLAS_OP_T ? k : n, ldb);
+    float *wide_c = type_c == CUDA_R_16BF ? widened(c, type_c, m, n, ldc) : c;
+    bool there = wide_a && wide_b && wide_c;
+    if (there)
+        cblas_sgemm(CblasColMajor, transposed(ta), transposed(tb), m, n, k, *(const float *)alpha,
+                    wide_a, rows_a > 0 ? rows_a : 1, wide_b, rows_b > 0 ? rows_b : 1,
+                    *(const float *)beta, wide_c, type_c == CUDA_R_16BF ? m : ldc);
+    for (int j = 0; there && type_c == CUDA_R_16BF && j < n; j++)
+        for (int i = 0; i < m; i++)
+            ((uint16_t *)c)[(size_t)j * (size_t)ldc + (size_t)i] =
+                rounded(wide_c[(size_t)j * (size_t)m + (size_t)i]);
+    free(wide_a);
+    free(wide_b);
+    if (wide_c != c)
+        free(wide_c);
+    return there ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
 
 cublasStatus_t cublasGemmBatchedEx(cublasHandle_t blas, cublasOperation_t ta, cublasOperation_t tb,
                                    int m, int n, int k, const void *alpha, const void *const a[],
-                                   cudaDataType_t type_a, int lda, const void *const b[],
-                                   cudaDataType_t type_b, int ldb, const void *beta,
-                                   void *const c[], cudaDataType_t type_c, int ldc, int count,
+                                   cudaDataType type_a, int lda, const void *const b[],
+                                   cudaDataType type_b, int ldb, const void *beta, void *const c[],
+                                   cudaDataType type_c, int ldc, int count,
                                    cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     for (int i = 0; i < count && status == CUBLAS_STATUS_SUCCESS; i++)

@@ -1,0 +1,33 @@
+/* Matrix products by cuBLAS: float operands in fp32 mode, without the tensor cores' short formats;
+ * bfloat16 operands in bf16 mode. Sums are float in both. */
+#include "cuda/internal.h"
+
+/* cuBLAS is column-major: a row-major c = a b is its c^T = b^T a^T, operands exchanged. */
+static cublasOperation_t transposed(bool trans) {
+    return trans ? CUBLAS_OP_T : CUBLAS_OP_N;
+}
+
+void fv_cuda_gemm(FvCuda *cuda, const FvGemm *g, const void *a, const void *b, float *c) {
+    cudaDataType type = cuda->bf16 ? CUDA_R_16BF : CUDA_R_32F;
+    if (g->m == 0 || g->n == 0)
+        return;
+    fv_cublas_ok(cuda,
+                 cublasGemmEx(cuda->blas, transposed(g->trans_b), transposed(g->trans_a), (int)g->n,
+                              (int)g->m, (int)g->k, &g->alpha, b, type, (int)g->ldb, a, type,
+                              (int)g->lda, &g->beta, c, CUDA_R_32F, (int)g->ldc, CUBLAS_COMPUTE_32F,
+                              CUBLAS_GEMM_DEFAULT),
+                 "matrix product");
+}
+
+void fv_cuda_gemm_batch(FvCuda *cuda, const FvGemm *g, cudaDataType operands, cudaDataType result,
+                        size_t count, void *const *a, void *const *b, void *const *c) {
+    if (g->m == 0 || g->n == 0 || count == 0)
+        return;
+    fv_cublas_ok(cuda,
+                 cublasGemmBatchedEx(
+                     cuda->blas, transposed(g->trans_b), transposed(g->trans_a), (int)g->n,
+                     (int)g->m, (int)g->k, &g->alpha, (const void *const *)b, operands, (int)g->ldb,
+                     (const void *const *)a, operands, (int)g->lda, &g->beta, c, result,
+                     (int)g->ldc, (int)count, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                 "batched matrix product");
+}
