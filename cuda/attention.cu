@@ -198,11 +198,10 @@ static void copy_tensors(Attention *t) {
         t->base[OUT] = t->out;
 }
 
-static cudaDataType type_of(const Attention *t, int operand) {
+/* Whether an operand of the table is in bfloat16. */
+static bool is_short(const Attention *t, int operand) {
     bool copied = operand <= PROBS || operand == DS || (operand == OUT && t->backward);
-    bool is_short =
-        copied ? t->rounded : operand == OUT && fv_cuda_is_operand(t->cuda, t->base[OUT]);
-    return is_short ? CUDA_R_16BF : CUDA_R_32F;
+    return copied ? t->rounded : operand == OUT && fv_cuda_is_operand(t->cuda, t->base[OUT]);
 }
 
 static void tabulate(Attention *t) {
@@ -211,7 +210,7 @@ static void tabulate(Attention *t) {
     Operands operands = {};
     int count = t->backward ? OPERANDS : FORWARD_OPERANDS;
     for (int i = 0; i < count; i++) {
-        size_t each = type_of(t, i) == CUDA_R_16BF ? sizeof(__nv_bfloat16) : sizeof(float);
+        size_t each = is_short(t, i) ? sizeof(__nv_bfloat16) : sizeof(float);
         char *base = (char *)t->base[i];
         if (i == K || i == V || i == DK || i == DV)
             operands.at[i] = {base, a->keys * key_stride * each, a->width * each, t->group};
@@ -253,7 +252,7 @@ static bool prepare(Attention *t, FvCuda *cuda, const FvAttention *a, bool backw
 static void multiply(const Attention *t, size_t from, size_t count, const FvGemm *gemm, int a,
                      int b, int c) {
     size_t heads = t->a->batch * t->a->heads;
-    fv_cuda_gemm_batch(t->cuda, gemm, type_of(t, a), type_of(t, c), count,
+    fv_cuda_gemm_batch(t->cuda, gemm, is_short(t, a), is_short(t, c), count,
                        t->table + a * heads + from, t->table + b * heads + from,
                        t->table + c * heads + from);
 }

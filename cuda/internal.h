@@ -60,9 +60,10 @@ typedef struct FvGemm {
 /* gemm.c. Sums and c are float; a and b hold what fv_cuda_operand() gives: bfloat16 in bf16 mode,
  * else float. */
 void fv_cuda_gemm(FvCuda *, const FvGemm *, const void *a, const void *b, float *c);
-/* `count` products whose operands start at the addresses in device arrays, a and b of one type, c
- * of another; in bfloat16 the addresses are multiples of 16 bytes wherever rows are. */
-void fv_cuda_gemm_batch(FvCuda *, const FvGemm *, cudaDataType operands, cudaDataType result,
+/* `count` products whose operands start at the addresses in device arrays; a and b hold bfloat16 if
+ * short_operands, in addresses that are multiples of 16 bytes wherever rows are, and c if
+ * short_result; else float. */
+void fv_cuda_gemm_batch(FvCuda *, const FvGemm *, bool short_operands, bool short_result,
                         size_t count, void *const *a, void *const *b, void *const *c);
 
 /* --- operands.cu: in fp32 mode all is float, and these do nothing ------------------------------

@@ -12,8 +12,8 @@ extern "C" {
 typedef struct HostBlas *cublasHandle_t;
 typedef enum { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7 } cublasStatus_t;
 typedef enum { CUBLAS_OP_N, CUBLAS_OP_T } cublasOperation_t;
-typedef enum { CUDA_R_32F, CUDA_R_16BF } cudaDataType;
-typedef enum { CUBLAS_COMPUTE_32F } cublasComputeType_t;
+typedef enum { CUDA_R_32F = 0, CUDA_R_16BF = 14 } cudaDataType_t;
+typedef enum { CUBLAS_COMPUTE_32F = 68 } cublasComputeType_t;
 typedef enum { CUBLAS_GEMM_DEFAULT = -1 } cublasGemmAlgo_t;
 typedef enum { CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16 } cublasMath_t;
 
@@ -23,13 +23,13 @@ cublasStatus_t cublasDestroy(cublasHandle_t);
 cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t);
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t);
 cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n,
-                            int k, const void *alpha, const void *a, cudaDataType, int lda,
-                            const void *b, cudaDataType, int ldb, const void *beta, void *c,
-                            cudaDataType, int ldc, cublasComputeType_t, cublasGemmAlgo_t);
+                            int k, const void *alpha, const void *a, cudaDataType_t, int lda,
+                            const void *b, cudaDataType_t, int ldb, const void *beta, void *c,
+                            cudaDataType_t, int ldc, cublasComputeType_t, cublasGemmAlgo_t);
 cublasStatus_t cublasGemmBatchedEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m,
                                    int n, int k, const void *alpha, const void *const a[],
-                                   cudaDataType, int lda, const void *const b[], cudaDataType,
-                                   int ldb, const void *beta, void *const c[], cudaDataType,
+                                   cudaDataType_t, int lda, const void *const b[], cudaDataType_t,
+                                   int ldb, const void *beta, void *const c[], cudaDataType_t,
                                    int ldc, int count, cublasComputeType_t, cublasGemmAlgo_t);
 
 #ifdef __cplusplus

@@ -113,7 +113,7 @@ cublasStatus_t cublasSetMathMode(cublasHandle_t blas, cublasMath_t mode) {
 }
 
 /* A column-major matrix of either type, packed, in float; NULL when memory is out. */
-static float *widened(const void *x, cudaDataType type, int rows, int columns, int stride) {
+static float *widened(const void *x, cudaDataType_t type, int rows, int columns, int stride) {
     float *y = malloc(((size_t)rows * (size_t)columns + 1) * sizeof *y);
     for (int j = 0; y && j < columns; j++)
         for (int i = 0; i < rows; i++) {
@@ -141,10 +141,10 @@ static enum CBLAS_TRANSPOSE transposed(cublasOperation_t op) {
 }
 
 cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t ta, cublasOperation_t tb, int m,
-                            int n, int k, const void *alpha, const void *a, cudaDataType type_a,
-                            int lda, const void *b, cudaDataType type_b, int ldb, const void *beta,
-                            void *c, cudaDataType type_c, int ldc, cublasComputeType_t compute,
-                            cublasGemmAlgo_t algorithm) {
+                            int n, int k, const void *alpha, const void *a, cudaDataType_t type_a,
+                            int lda, const void *b, cudaDataType_t type_b, int ldb,
+                            const void *beta, void *c, cudaDataType_t type_c, int ldc,
+                            cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
     int rows_a = ta == CUBLAS_OP_T ? k : m, rows_b = tb == CUBLAS_OP_T ? n : k;
     (void)algorithm;
     if (!blas || compute != CUBLAS_COMPUTE_32F || type_a != type_b ||
@@ -177,9 +177,9 @@ cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t ta, cublasOpe
 
 cublasStatus_t cublasGemmBatchedEx(cublasHandle_t blas, cublasOperation_t ta, cublasOperation_t tb,
                                    int m, int n, int k, const void *alpha, const void *const a[],
-                                   cudaDataType type_a, int lda, const void *const b[],
-                                   cudaDataType type_b, int ldb, const void *beta, void *const c[],
-                                   cudaDataType type_c, int ldc, int count,
+                                   cudaDataType_t type_a, int lda, const void *const b[],
+                                   cudaDataType_t type_b, int ldb, const void *beta,
+                                   void *const c[], cudaDataType_t type_c, int ldc, int count,
                                    cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     for (int i = 0; i < count && status == CUBLAS_STATUS_SUCCESS; i++)
