@@ -126,7 +126,7 @@ $(B)/revision.h: FORCE
 # --- the GPU's kernels on the CPU ------------------------------------------------------------------
 # The backend in cuda/, its own source, against the stand-in for CUDA in tests/cuda_host, under the
 # sanitizers: the suite of operations.
-HOST_TESTS := $(patsubst tests/unit/%.c,$(B)/host/%,$(filter-out %/test_ops_backend.c,$(filter tests/unit/test_ops%,$(TESTS_F64))))
+HOST_TESTS := $(patsubst tests/unit/%.c,$(B)/host/%,$(filter-out %/test_ops_backend.c,$(filter tests/unit/test_ops% %/test_model_precision.c,$(TESTS_F64))))
 HOST_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 HOST_CPPFLAGS := -DFV_TEST_CUDA -Itests/cuda_host -Itests/unit $(CPPFLAGS)
 HOST_CUDA := $(patsubst %,$(B)/host/%.o,$(wildcard cuda/*.c cuda/*.cu tests/cuda_host/*.c tests/cuda_host/*.cpp))

@@ -269,6 +269,21 @@ static void conv_reads_operands_weights_and_floats(void **state) {
     fv_backend_destroy(p.cpu);
 }
 
+/* Unfolded, each frame takes more than half of the CUDA backend's 64 MB for it: both directions go
+ * in two parts. */
+static void conv_in_parts_reads_every_part(void **state) {
+    Testing *t = *state;
+    const FvConv s = {2, 48, 48, 512, 3, 1};
+    Product p = {.t = t, .conv = &s, .out = s.out};
+    assert_int_equal(fv_cpu_backend_create(1, &p.cpu, NULL), FV_OK);
+    p.nx = 2 * 48 * 48 * s.in, p.nw = s.out * 9 * s.in, p.ny = 2 * 48 * 48 * s.out;
+    p.x = testing_random(t, p.nx, 1), p.w = testing_random(t, p.nw, 1);
+    p.b = testing_random(t, p.out, 1), p.dy = testing_random(t, p.ny, 1);
+    check_product(&p, operand_copy(t, p.nx, p.x), weights(t, p.nw, p.w), false);
+    assert_int_equal(t->ops->sync(t->be, NULL), FV_OK);
+    fv_backend_destroy(p.cpu);
+}
+
 /* --- attention -------------------------------------------------------------------------------- */
 
 typedef struct Value {
@@ -603,6 +618,7 @@ int main(void) {
         ROUNDING_TEST(operand_tensors_hold_the_rounded_result),
         ROUNDING_TEST(linear_reads_operands_weights_and_floats),
         ROUNDING_TEST(conv_reads_operands_weights_and_floats),
+        ROUNDING_TEST(conv_in_parts_reads_every_part),
         ROUNDING_TEST(attention_rounds_what_its_products_read),
         ROUNDING_TEST(attention_without_keys_is_zero),
         ROUNDING_TEST(products_follow_the_weights),
