@@ -61,8 +61,8 @@ typedef struct FvGemm {
  * else float. */
 void fv_cuda_gemm(FvCuda *, const FvGemm *, const void *a, const void *b, float *c);
 /* `count` products whose operands start at the addresses in device arrays; a and b hold bfloat16 if
- * short_operands, in addresses that are multiples of 16 bytes wherever rows are, and c if
- * short_result; else float. */
+ * short_operands, c if short_result, else float. In bfloat16 cuBLAS needs addresses that are
+ * multiples of 16 bytes where k is one of 8, and of 4 where it is even. */
 void fv_cuda_gemm_batch(FvCuda *, const FvGemm *, bool short_operands, bool short_result,
                         size_t count, void *const *a, void *const *b, void *const *c);
 
