@@ -69,6 +69,18 @@ static FvStatus check_ranks(const Session *s, FvError *err) {
     return FV_OK;
 }
 
+static FvStatus check_precision(const Session *s, FvError *err) {
+    FvError inner;
+    bool bf16;
+    for (size_t e = 0; e < s->study.experiment_count; e++) {
+        const FvExperiment *x = &s->study.experiments[e];
+        FvStatus status = fv_device_precision(&s->device, x->config.precision, &bf16, &inner);
+        if (status != FV_OK)
+            return FV_FAIL(err, status, "%s: %s", x->name, inner.text);
+    }
+    return FV_OK;
+}
+
 static FvStatus choose_jobs(Session *s, FvError *err) {
     const char *only = s->in->options.only;
     s->wanted = calloc(job_count(s) + 1, sizeof *s->wanted);
@@ -491,6 +503,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     s->all_gpus = fv_world_all(s->device.gpu);
     s->seed_fits = fv_world_all(s->all_gpus && fv_folder_has_seed());
     TOGETHER(read_study(s, err));
+    TOGETHER(check_precision(s, err));
     if (o->list || o->dry_run) {
         if (w->rank == 0)
             made = o->list ? list_jobs(s) : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
