@@ -15,15 +15,31 @@ extern "C" {
 
 #include "cuda/cuda_backend.h"
 
+/* A place through which an upload travels. */
+typedef struct FvStage {
+    void *host, *device;
+    size_t bytes;
+    cudaEvent_t arrived, taken; /* on the GPU; copied from there to its tensor */
+} FvStage;
+
+/* Stages: two steps' uploads; scratch blocks: doubling, more than any memory holds. */
+enum { FV_STAGES = 16, FV_SCRATCH_BLOCKS = 40 };
+
 typedef struct FvCuda {
     FvBackend base; /* first: a FvBackend * is a FvCuda * */
     int device;
-    bool bf16;    /* matrix products from bfloat16 operands; else float throughout */
-    bool managed; /* tensors that the host may touch, for the tests of operations */
-    cudaStream_t stream;
+    bool bf16;                   /* matrix products from bfloat16 operands; else float throughout */
+    bool managed;                /* tensors that the host may touch, for the tests of operations */
+    cudaStream_t stream, copies; /* operations; transfers to the GPU beside them */
     cublasHandle_t blas;
-    void *scratch; /* one operation's workspace, grown outside graphs only */
-    size_t scratch_bytes;
+    void *blas_scratch;
+    void *scratch[FV_SCRATCH_BLOCKS]; /* one operation's workspace is the last of them */
+    size_t scratch_blocks, scratch_bytes;
+    FvStage stage[FV_STAGES];
+    size_t stages_used;
+    cudaEvent_t marks[FV_MARKS];
+    cudaGraphExec_t recording;
+    bool capturing;    /* between record() and recorded() */
     char failure[256]; /* the first since the last sync; "" when none */
 } FvCuda;
 
@@ -35,7 +51,8 @@ static inline FvCuda *fv_cuda(FvBackend *backend) {
  * when there is no memory: the operation returns without effect, and sync() reports it. */
 void *fv_cuda_workspace(FvCuda *, size_t bytes);
 
-/* Keeps the first failure; true when `code` is success. */
+/* Keeps the first failure; _ok: true when `code` is success. */
+bool fv_cuda_fail(FvCuda *, const char *what, const char *why); /* false */
 bool fv_cuda_ok(FvCuda *, cudaError_t code, const char *what);
 bool fv_cublas_ok(FvCuda *, cublasStatus_t code, const char *what);
 

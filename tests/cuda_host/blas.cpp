@@ -153,6 +153,11 @@ cublasStatus_t cublasSetStream(cublasHandle_t blas, cudaStream_t stream) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
+cublasStatus_t cublasGetProperty(libraryPropertyType, int *value) {
+    *value = 0;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 cublasStatus_t cublasSetWorkspace(cublasHandle_t blas, void *p, size_t bytes) {
     if (!blas)
         return CUBLAS_STATUS_NOT_INITIALIZED;

@@ -219,6 +219,16 @@ cudaError_t cudaFreeHost(void *p) {
     return give_back(p, true);
 }
 
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = 0; /* of no toolkit */
+    return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 0;
+    return cudaSuccess;
+}
+
 cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     if (!is_device(current))
         return host_error(cudaErrorNoDevice);
