@@ -7,6 +7,13 @@
  * they have run; sync() waits and reports what went wrong. Sums have a fixed order: the same call
  * gives the same bits, whatever the number of threads.
  *
+ * Tensors that only products read (an activation, the output of a norm or of attention) may be
+ * operand tensors, from alloc_operands: the backend keeps them in the type that its products read,
+ * whatever the pointer's, so nobody counts elements from the pointer and the host reads none. They
+ * are taken as y of gelu, swiglu, layernorm, rmsnorm and head_linear, as out of attention, query
+ * and patchify, and as x of linear, linear_back, head_linear, conv and conv_back. Any other
+ * operation on one is refused.
+ *
  * In every *_back: gradients of parameters (dw, dbias, dgamma, ...) are accumulated (+=) and may
  * be NULL, meaning frozen; gradients of activations are overwritten unless `add` is true or the
  * comment says "+=", and may be NULL where the comment says so. */
@@ -74,7 +81,13 @@ typedef struct FvOps {
 
     /* --- memory; upload and download take host pointers ------------------------------------- */
     FvStatus (*alloc)(FvBackend *, size_t bytes, void **out, FvError *); /* zeroed, FV_ALIGN */
-    void (*release)(FvBackend *, void *);
+    /* zeroed memory for `count` elements of operand tensors, operand_bytes each, FV_ALIGN */
+    FvStatus (*alloc_operands)(FvBackend *, size_t count, void **out, FvError *);
+    /* the same for weights, of which products may read a copy: adamw keeps that up to date, who
+     * writes weights otherwise calls weights_changed for what was written, before they are used */
+    FvStatus (*alloc_weights)(FvBackend *, size_t count, void **out, FvError *);
+    void (*weights_changed)(FvBackend *, size_t count, const real *w);
+    void (*release)(FvBackend *, void *); /* what any of the three gave */
     /* bytes that alloc could still find, shared with whoever else takes memory there */
     size_t (*memory_left)(FvBackend *);
     /* src may change at once; the transfer runs beside the operations called before it */
@@ -260,6 +273,7 @@ struct FvBackend {
     char description[96]; /* processor or GPU, as the tables print it */
     bool on_host;         /* the host may read and write its memory between operations */
     bool records;         /* record(), recorded(), replay() are there */
+    size_t operand_bytes; /* of an element of an operand tensor */
 };
 
 /* Frees a backend of any kind; NULL is fine. What was allocated from it is released before. */

@@ -69,6 +69,15 @@ static FvStatus cpu_alloc(FvBackend *backend, size_t bytes, void **out, FvError 
     return FV_OK;
 }
 
+/* Operand tensors and weights are floats like all others. */
+static FvStatus cpu_alloc_real(FvBackend *backend, size_t count, void **out, FvError *err) {
+    return cpu_alloc(backend, fv_mul(count, sizeof(real)), out, err);
+}
+
+static void cpu_weights_changed(FvBackend *backend, size_t count, const real *w) {
+    (void)backend, (void)count, (void)w;
+}
+
 static void cpu_release(FvBackend *backend, void *p) {
     (void)backend;
     free(p);
@@ -130,6 +139,9 @@ static void cpu_destroy(FvBackend *backend) {
 static const FvOps cpu_ops = {
     .destroy = cpu_destroy,
     .alloc = cpu_alloc,
+    .alloc_operands = cpu_alloc_real,
+    .alloc_weights = cpu_alloc_real,
+    .weights_changed = cpu_weights_changed,
     .release = cpu_release,
     .memory_left = fv_cpu_memory_left,
     .upload = cpu_transfer,
@@ -237,6 +249,7 @@ FvStatus fv_cpu_backend_create(size_t threads, FvBackend **out, FvError *err) {
     cpu->base.ops = &cpu_ops;
     cpu->base.name = "cpu";
     cpu->base.on_host = true;
+    cpu->base.operand_bytes = sizeof(real);
     cpu->own = own;
     fill_pixel_table(cpu);
     char name[64];

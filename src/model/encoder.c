@@ -115,19 +115,19 @@ void fv_encoder_free(FvEncoder *e) {
 void fv_block_carve(const FvVit *v, FvArena *arena, FvBlockActs *a, size_t rows, size_t probs) {
     size_t wide = fv_mul(rows, v->width), mlp = fv_mul(rows, v->mlp);
     a->x = fv_take(arena, wide);
-    a->n1 = fv_take(arena, wide);
+    a->n1 = fv_take_operand(arena, wide);
     a->mean1 = fv_take(arena, rows);
     a->rstd1 = fv_take(arena, rows);
     a->q = fv_take(arena, wide);
     a->probs = fv_take(arena, probs);
-    a->att = fv_take(arena, wide);
+    a->att = fv_take_operand(arena, wide);
     a->o = fv_take(arena, wide);
     a->mid = fv_take(arena, wide);
-    a->n2 = fv_take(arena, wide);
+    a->n2 = fv_take_operand(arena, wide);
     a->mean2 = fv_take(arena, rows);
     a->rstd2 = fv_take(arena, rows);
     a->f1 = fv_take(arena, mlp);
-    a->f2 = fv_take(arena, mlp);
+    a->f2 = fv_take_operand(arena, mlp);
     a->m = fv_take(arena, wide);
 }
 
@@ -136,7 +136,7 @@ void fv_encoder_carve(FvEncoder *e, FvArena *arena) {
     size_t tokens = fv_vit_tokens(v), rows = rows_of(e), wide = fv_mul(rows, v->width);
     size_t probs = fv_mul4(v->frames, v->heads, tokens, tokens);
     size_t patches = fv_mul(v->frames, fv_vit_patches(v));
-    e->patches = fv_take(arena, fv_mul4(patches, 3, v->patch, v->patch));
+    e->patches = fv_take_operand(arena, fv_mul4(patches, 3, v->patch, v->patch));
     e->embedded = fv_take(arena, fv_mul(patches, v->width));
     for (size_t l = 0; l < v->layers; l++) {
         /* a frozen encoder keeps nothing but what is read of it: the layers share the rest */
@@ -144,14 +144,11 @@ void fv_encoder_carve(FvEncoder *e, FvArena *arena) {
             fv_block_carve(v, arena, &e->act[l], rows, probs);
         else
             e->act[l] = e->act[0];
-        if (e->norms && l > 0) {
+        bool shared = e->norms && l > 0;
+        e->k[l] = shared ? e->k[0] : fv_take(arena, wide);
+        e->v_of[l] = shared ? e->v_of[0] : fv_take(arena, wide);
+        if (e->norms) /* no operand: others than products read it */
             e->act[l].n1 = fv_take(arena, wide);
-            e->k[l] = e->k[0];
-            e->v_of[l] = e->v_of[0];
-        } else {
-            e->k[l] = fv_take(arena, wide);
-            e->v_of[l] = fv_take(arena, wide);
-        }
         if (e->trained) {
             e->dk[l] = fv_take(arena, wide);
             e->dv[l] = fv_take(arena, wide);

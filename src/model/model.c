@@ -174,6 +174,7 @@ static FvStatus prepare(const FvModelConfig *config, FvModel **out, FvModelMemor
         .gradients = fv_mul(m->params.trained_memory, sizeof(real)),
         .moments = fv_mul3(m->params.trained_memory, 2, sizeof(real)),
         .activations = measure.used,
+        .operands = fv_mul(measure.operands_used, sizeof(real)),
     };
     *out = m;
     return FV_OK;
@@ -231,11 +232,14 @@ FvStatus fv_model_create(const FvModelConfig *config, FvBackend *be, FvModel **o
     FvModelMemory memory;
     FV_TRY(prepare(config, &m, &memory, err));
     m->be = be;
-    FvStatus status = be->ops->alloc(be, memory.weights, &m->block_weights, err);
+    FvStatus status = be->ops->alloc_weights(be, m->params.memory, &m->block_weights, err);
     if (status == FV_OK)
         status = be->ops->alloc(be, fv_add(memory.gradients, memory.moments), &m->block_train, err);
     if (status == FV_OK)
         status = be->ops->alloc(be, memory.activations, &m->block_acts, err);
+    if (status == FV_OK)
+        status =
+            be->ops->alloc_operands(be, memory.operands / sizeof(real), &m->block_operands, err);
     for (int i = 0; status == FV_OK && i < FV_MARKS; i++)
         status = be->ops->host_alloc(be, fv_mul(m->metrics.count, sizeof(double)),
                                      (void **)&m->host_metrics[i], err);
@@ -251,7 +255,8 @@ FvStatus fv_model_create(const FvModelConfig *config, FvBackend *be, FvModel **o
     size_t n = m->params.trained_memory;
     fv_params_bind(&m->params, m->block_weights, g, g + n, g + 2 * n);
     m->encoder.pos = m->encoder_weights.pos;
-    FvArena arena = {.base = m->block_acts};
+    FvArena arena = {
+        .base = m->block_acts, .operands = m->block_operands, .operand_bytes = be->operand_bytes};
     carve(m, &arena);
     upload_indices(m);
     *out = m;
@@ -261,8 +266,8 @@ FvStatus fv_model_create(const FvModelConfig *config, FvBackend *be, FvModel **o
 void fv_model_destroy(FvModel *m) {
     if (!m)
         return;
-    void *blocks[] = {m->block_weights, m->block_train, m->block_acts};
-    for (size_t i = 0; i < 3; i++)
+    void *blocks[] = {m->block_weights, m->block_train, m->block_acts, m->block_operands};
+    for (size_t i = 0; i < 4; i++)
         if (blocks[i])
             m->be->ops->release(m->be, blocks[i]);
     for (int i = 0; i < FV_MARKS; i++)

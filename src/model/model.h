@@ -20,8 +20,9 @@ typedef struct FvModel FvModel;
 
 typedef enum FvPass { FV_COARSE, FV_FINE, FV_PASSES } FvPass;
 
-typedef struct FvModelMemory { /* bytes */
+typedef struct FvModelMemory { /* bytes, all in `real` */
     size_t weights, gradients, moments, activations;
+    size_t operands; /* activations that products alone read: see alloc_operands */
 } FvModelMemory;
 
 /* What fv_model_create will allocate, and the counts; allocates nothing that lasts. */
@@ -31,7 +32,8 @@ FvStatus fv_model_plan(const FvModelConfig *, FvModelMemory *, size_t *parameter
 /* The parameter table alone, for listing; fv_params_free it. */
 FvStatus fv_model_declare(const FvModelConfig *, FvParams *out, FvError *);
 
-/* Three allocations: weights; gradients and moments; activations. Nothing is allocated later. */
+/* Four allocations: weights; gradients and moments; activations; operand tensors. Nothing is
+ * allocated later. */
 FvStatus fv_model_create(const FvModelConfig *, FvBackend *, FvModel **out, FvError *);
 void fv_model_destroy(FvModel *);
 

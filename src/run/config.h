@@ -19,6 +19,9 @@
       "sizes of model and data: the study's (seed), a small one for CPUs, or what fits")           \
     X(size, steps, 1500, 1, 100000000, "training steps")                                           \
     X(size, batch, 2, 1, 65536, "clips per step, over all ranks of the experiment")                \
+    X(text, precision, "auto", "auto|fp32|bf16", 0,                                                \
+      "what matrix products read on a GPU: floats, or bfloat16 (sums, weights, optimizer and "     \
+      "the rest are fp32); auto: bf16 on a GPU, fp32 on the processor, which has no bf16")         \
     /* data */                                                                                     \
     X(text, data, "procedural", "", 0, "\"procedural\" or a clips.h5 made by fovea prepare")       \
     X(text, latents, "auto", "auto|file|blocks", 0,                                                \

@@ -30,7 +30,12 @@ FvStatus fv_device_memory_left(const FvDevice *, size_t *out, FvError *err);
 /* Libraries of GPUs that the program is built with, a line each; "" without. */
 void fv_device_versions(char *out, size_t size);
 
+/* The precision key's value (auto, fp32 or bf16) on this device: auto is bf16 on a GPU and fp32 on
+ * the processor. FV_USAGE: bf16 on the processor. */
+FvStatus fv_device_precision(const FvDevice *, const char *precision, bool *bf16, FvError *err);
+
 /* A backend for one job on the device, with `threads` on a processor; fv_backend_destroy it. */
-FvStatus fv_device_open(const FvDevice *, size_t threads, FvBackend **out, FvError *err);
+FvStatus fv_device_open(const FvDevice *, const char *precision, size_t threads, FvBackend **out,
+                        FvError *err);
 
 #endif

@@ -101,7 +101,7 @@ static FvStatus add_entry(FvEncoderCaches *caches, const FvModelConfig *c, const
     size_t clips = data->count[FV_TRAIN] + data->count[FV_HELD_OUT];
     size_t values = fv_encoder_cache_clip_values(c);
     if (!caches->be)
-        FV_TRY(fv_device_open(&caches->device, 1, &caches->be, err));
+        FV_TRY(fv_device_open(&caches->device, "fp32", 1, &caches->be, err));
     Entry *entry = calloc(1, sizeof *entry);
     if (!entry)
         return FV_FAIL(err, FV_DEVICE, "out of memory for an encoder's cache");

@@ -70,6 +70,18 @@ static FvStatus check_ranks(const Session *s, FvError *err) {
     return FV_OK;
 }
 
+static FvStatus check_precision(const Session *s, FvError *err) {
+    FvError inner;
+    bool bf16;
+    for (size_t e = 0; e < s->study.experiment_count; e++) {
+        const FvExperiment *x = &s->study.experiments[e];
+        FvStatus status = fv_device_precision(&s->device, x->config.precision, &bf16, &inner);
+        if (status != FV_OK)
+            return FV_FAIL(err, status, "%s: %s", x->name, inner.text);
+    }
+    return FV_OK;
+}
+
 static FvStatus choose_jobs(Session *s, FvError *err) {
     const char *only = s->in->options.only;
     s->wanted = calloc(job_count(s) + 1, sizeof *s->wanted);
@@ -309,7 +321,7 @@ static void tell_study(Session *s) {
     fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
                    s->info[0]->source, s->info[0]->count[FV_TRAIN], s->info[0]->count[FV_HELD_OUT],
                    s->info[0]->latents);
-    if (s->all_gpus && !s->seed_fits && strcmp(c->scale, "small") == 0)
+    if (s->all_gpus && !s->seed_fits && !s->in->options.study && strcmp(c->scale, "small") == 0)
         fv_display_log(s->display, "models/ lacks the models of the seed scale (make weights); "
                                    "scale=seed runs its sizes without them");
     for (size_t e = 0; e < s->study.experiment_count; e++)
@@ -501,6 +513,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     s->all_gpus = fv_world_all(s->device.gpu);
     s->seed_fits = fv_world_all(s->all_gpus && fv_folder_has_seed());
     TOGETHER(read_study(s, err));
+    TOGETHER(check_precision(s, err));
     if (!o->list)
         TOGETHER(fv_device_memory_left(&s->device, &s->memory_left, err));
     if (o->list || o->dry_run) {

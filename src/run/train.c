@@ -181,6 +181,7 @@ static FvStatus share(FvTrainer *t, FvError *err) {
     FvParams *p = fv_model_params(t->model);
     FV_TRY(fv_group_broadcast(t->run->group, t->slot, &t->step, sizeof t->step, err));
     FV_TRY(fv_exchange_share(t->exchange, p->w, p->memory, err));
+    t->be->ops->weights_changed(t->be, p->memory, p->w);
     FV_TRY(fv_exchange_share(t->exchange, p->m, p->trained_memory, err));
     return fv_exchange_share(t->exchange, p->v, p->trained_memory, err);
 }
@@ -458,7 +459,7 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     const FvDataInfo *data = fv_data_info(t->data);
     size_t max_text = strcmp(t->config->text, "captions") == 0 ? data->max_tokens : 1;
     FV_TRY(fv_config_model(t->config, run->group->size, max_text, &t->c, err));
-    FV_TRY(fv_device_open(&run->device, run->threads, &t->be, err));
+    FV_TRY(fv_device_open(&run->device, t->config->precision, run->threads, &t->be, err));
     FV_TRY(fv_model_create(&t->c, t->be, &t->model, err));
     FV_TRY(connect(t, err));
     FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),

@@ -39,6 +39,18 @@ device 2 2 0 00
 device 2 2 1 01
 compare "$TMPDIR/cuda-1-2/results.h5" "$TMPDIR/cuda-2-2/results.h5"
 
+grep -q "gradients over MPI: ranks 0 and 1 of the group share the GPU" "$TMPDIR/cuda-1-2.log" ||
+    fail "two ranks on one GPU do not say how they average"
+grep -q "gradients over NCCL" "$TMPDIR/cuda-2-2.log" || fail "ranks with a GPU each do without NCCL"
+
+# A recorded step, over NCCL too, is the queued one.
+mv "$TMPDIR/cuda-2-2" "$TMPDIR/recorded"
+on_gpus 2 2 --only $some --ranks-per-experiment 2 graph=false
+compare "$TMPDIR/recorded/results.h5" "$TMPDIR/cuda-2-2/results.h5"
+expect 5 'comm=nccl: ranks 0 and 1 of the group share the GPU .* use comm=auto or comm=mpi' \
+    env CUDA_HOST_DEVICES=1 mpirun --oversubscribe -np 2 "$host/fovea" "$tiny" --device cuda \
+    comm=nccl --ranks-per-experiment 2 --out "$TMPDIR/refused"
+
 # The launcher shows each rank a GPU of its own.
 # shellcheck disable=SC2016 # expanded by each rank
 on_gpus_of_their_own='CUDA_VISIBLE_DEVICES=$((3 - OMPI_COMM_WORLD_RANK)) exec "$@"'
