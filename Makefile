@@ -27,6 +27,7 @@ export CC WERROR CUDA
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: all run test tests bench soak weights info help clean sanitize fuzz fuzz-build FORCE \
+        bundle gpu-tests bench-gpu study-gpu \
         format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
@@ -139,6 +140,24 @@ $(B)/host/%.o: % $(B)/config.mk
 $(B)/host/test_%: $(B)/host/tests/unit/test_%.c.o $(SHARED:%=$(B)/host/%.o) $(HOST_CUDA) \
                   $(PARTS_F64:%=$(B)/host/%.o)
 	$(CXX) $(HOST_FLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) -o $@
+
+# --- for a machine with a GPU -----------------------------------------------------------------------
+# The tests of operations and model on the CUDA backend, and a folder that runs where the libraries
+# are missing; without FFmpeg, whose libraries need a hundred others: no `fovea prepare` of videos.
+GPU_TESTS := $(patsubst tests/unit/%.c,$(B)/gpu/%,$(filter-out %/test_ops_backend.c,$(TESTS_F64)))
+$(B)/gpu/tests/%.c.o: CPPFLAGS += -DFV_TEST_CUDA
+$(B)/gpu/src/run/video.c.o: CPPFLAGS += -UFV_FFMPEG
+$(B)/gpu/test_%: $(B)/gpu/tests/unit/test_%.c.o $(SHARED:%=$(B)/gpu/%.o) $(CUDA_OBJECTS) \
+                 $(PARTS_F64:%.c=$(B)/f32/%.o)
+	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) $(CUDA_LIBS) -o $@
+$(B)/gpu/fovea: $(filter-out %/video.o,$(OBJECTS)) $(B)/gpu/src/run/video.c.o
+	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CUDA_LIBS) -o $@
+
+gpu-tests: $(GPU_TESTS)
+
+bundle: $(if $(CUDA_FOUND),$(B)/gpu/fovea $(GPU_TESTS))
+	@$(if $(CUDA_FOUND),,echo "make bundle: no CUDA Toolkit was found, see 'make info'" && exit 1)
+	scripts/bundle $(B)/bundle $^
 
 # --- running -------------------------------------------------------------------------------------
 run:
