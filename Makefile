@@ -49,7 +49,7 @@ TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
 C_FILES := $(SOURCES) $(wildcard src/*/*.h cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/cuda_host/* tests/unit/*.[ch] tests/fuzz/*.[ch] \
-                                tests/speed/*.c tests/reference/*.c)
+                                tests/speed/*.c tests/reference/*.c tests/gpu/*.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
 FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c \
@@ -140,6 +140,8 @@ $(B)/host/%.o: % $(B)/config.mk
 $(B)/host/test_%: $(B)/host/tests/unit/test_%.c.o $(SHARED:%=$(B)/host/%.o) $(HOST_CUDA) \
                   $(PARTS_F64:%=$(B)/host/%.o)
 	$(CXX) $(HOST_FLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) -o $@
+$(B)/host/compare_ops: $(B)/host/tests/gpu/compare_ops.c.o $(HOST_CUDA) $(PARTS_F64:%=$(B)/host/%.o)
+	$(CXX) $(HOST_FLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
 
 # --- for a machine with a GPU -----------------------------------------------------------------------
 # The tests of operations and model on the CUDA backend, and a folder that runs where the libraries
@@ -150,14 +152,16 @@ $(B)/gpu/src/run/video.c.o: CPPFLAGS += -UFV_FFMPEG
 $(B)/gpu/test_%: $(B)/gpu/tests/unit/test_%.c.o $(SHARED:%=$(B)/gpu/%.o) $(CUDA_OBJECTS) \
                  $(PARTS_F64:%.c=$(B)/f32/%.o)
 	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) $(CUDA_LIBS) -o $@
+$(B)/gpu/compare_ops: $(B)/gpu/tests/gpu/compare_ops.c.o $(CUDA_OBJECTS) $(PARTS_F64:%.c=$(B)/f32/%.o)
+	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CUDA_LIBS) -o $@
 $(B)/gpu/fovea: $(filter-out %/video.o,$(OBJECTS)) $(B)/gpu/src/run/video.c.o
 	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CUDA_LIBS) -o $@
 
-gpu-tests: $(GPU_TESTS)
+gpu-tests: $(GPU_TESTS) $(B)/gpu/compare_ops
 
-bundle: $(if $(CUDA_FOUND),$(B)/gpu/fovea $(GPU_TESTS))
+bundle: $(if $(CUDA_FOUND),$(B)/gpu/fovea $(GPU_TESTS) $(B)/gpu/compare_ops)
 	@$(if $(CUDA_FOUND),,echo "make bundle: no CUDA Toolkit was found, see 'make info'" && exit 1)
-	scripts/bundle $(B)/bundle $^
+	@scripts/bundle $(B)/bundle $^
 
 # --- running -------------------------------------------------------------------------------------
 run:
