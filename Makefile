@@ -147,21 +147,29 @@ $(B)/host/compare_ops: $(B)/host/tests/gpu/compare_ops.c.o $(HOST_CUDA) $(PARTS_
 # The tests of operations and model on the CUDA backend, and a folder that runs where the libraries
 # are missing; without FFmpeg, whose libraries need a hundred others: no `fovea prepare` of videos.
 GPU_TESTS := $(patsubst tests/unit/%.c,$(B)/gpu/%,$(filter-out %/test_ops_backend.c,$(TESTS_F64)))
-$(B)/gpu/tests/%.c.o: CPPFLAGS += -DFV_TEST_CUDA
+GPU_PROGRAMS := $(B)/gpu/compare_ops $(B)/gpu/bench_encoder
+GPU_PARTS := $(CUDA_OBJECTS) $(PARTS_F64:%.c=$(B)/f32/%.o)
+LINK_GPU = $(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) $(CUDA_LIBS) -o $@
+$(B)/gpu/tests/unit/%.c.o: CPPFLAGS += -DFV_TEST_CUDA
 $(B)/gpu/src/run/video.c.o: CPPFLAGS += -UFV_FFMPEG
-$(B)/gpu/test_%: $(B)/gpu/tests/unit/test_%.c.o $(SHARED:%=$(B)/gpu/%.o) $(CUDA_OBJECTS) \
-                 $(PARTS_F64:%.c=$(B)/f32/%.o)
-	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) $(CUDA_LIBS) -o $@
-$(B)/gpu/compare_ops: $(B)/gpu/tests/gpu/compare_ops.c.o $(CUDA_OBJECTS) $(PARTS_F64:%.c=$(B)/f32/%.o)
-	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CUDA_LIBS) -o $@
+$(B)/gpu/test_%: $(B)/gpu/tests/unit/test_%.c.o $(SHARED:%=$(B)/gpu/%.o) $(GPU_PARTS)
+	$(LINK_GPU)
+$(B)/gpu/compare_ops: $(B)/gpu/tests/gpu/compare_ops.c.o $(GPU_PARTS)
+	$(LINK_GPU)
+$(B)/gpu/bench_encoder: $(B)/gpu/tests/speed/bench_encoder.c.o $(GPU_PARTS)
+	$(LINK_GPU)
 $(B)/gpu/fovea: $(filter-out %/video.o,$(OBJECTS)) $(B)/gpu/src/run/video.c.o
-	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CUDA_LIBS) -o $@
+	$(LINK_GPU)
+# Stands in front of functions of the CUDA runtime, found by dlsym.
+$(B)/gpu/count_calls.so: tests/gpu/count_calls.c $(B)/config.mk
+	@mkdir -p $(@D)
+	$(CC) -shared -fPIC $(LANGUAGE) -Wno-pedantic $(CFLAGS) $(CPPFLAGS) $(CUDA_CFLAGS) $< -ldl -o $@
 
-gpu-tests: $(GPU_TESTS) $(B)/gpu/compare_ops
+gpu-tests: $(GPU_TESTS) $(GPU_PROGRAMS) $(B)/gpu/count_calls.so
 
-bundle: $(if $(CUDA_FOUND),$(B)/gpu/fovea $(GPU_TESTS) $(B)/gpu/compare_ops)
+bundle: $(if $(CUDA_FOUND),$(B)/gpu/fovea gpu-tests)
 	@$(if $(CUDA_FOUND),,echo "make bundle: no CUDA Toolkit was found, see 'make info'" && exit 1)
-	@scripts/bundle $(B)/bundle $^
+	@scripts/bundle $(B)/bundle $(B)/gpu/fovea $(GPU_TESTS) $(GPU_PROGRAMS) $(B)/gpu/count_calls.so
 
 # --- running -------------------------------------------------------------------------------------
 run:
