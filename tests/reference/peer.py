@@ -227,8 +227,8 @@ class Peer:
 
     # --- forward -------------------------------------------------------------------------------
 
-    def encode(self, frames: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, of frames [R, S, S, 3] of bytes."""
+    def tokens(self, frames: Tensor) -> Tensor:
+        """Frames [R, S, S, 3] of bytes as the first block's x [R, N+1, D]."""
         c, rest = self.c, self.rest
         pixels = frames.to(self.pixel_scale.dtype) * self.pixel_scale - self.pixel_shift
         weight = rest["dino.embeddings.patch_embeddings.projection.weight"]
@@ -236,8 +236,11 @@ class Peer:
         x = F.conv2d(pixels.permute(0, 3, 1, 2), weight, bias, stride=c.patch)
         x = x.flatten(2).transpose(1, 2)
         cls = rest["dino.embeddings.cls_token"].expand(x.shape[0], 1, -1)
-        x = torch.cat([cls, x], dim=1) + rest["dino.embeddings.position_embeddings"]
-        found = []
+        return torch.cat([cls, x], dim=1) + rest["dino.embeddings.position_embeddings"]
+
+    def encode(self, frames: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer."""
+        c, x, found = self.c, self.tokens(frames), []
         for i, w in enumerate(self.groups["encoder"]):
             if self.saving and i == c.dino_layers - 1:
                 found.append(self.blocks["keys_and_values"](w, x, c.dino_heads))
@@ -245,6 +248,14 @@ class Peer:
                 x, key, value = self.blocks["encoder_block"](w, x, c.dino_heads)
                 found.append((key, value))
         return found
+
+    def whole_encoder(self, frames: Tensor) -> Tensor:
+        """Features after the last norm, all layers computed."""
+        x, rest = self.tokens(frames), self.rest
+        for w in self.groups["encoder"]:
+            x, _, _ = self.blocks["encoder_block"](w, x, self.c.dino_heads)
+        gain, shift = rest["dino.layernorm.weight"], rest["dino.layernorm.bias"]
+        return F.layer_norm(x, x.shape[-1:], gain, shift, model.NORM_EPS)
 
     def seen(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         if self.cache is not None:
