@@ -163,9 +163,15 @@ $(B)/gpu/fovea: $(filter-out %/video.o,$(OBJECTS)) $(B)/gpu/src/run/video.c.o
 # Stands in front of functions of the CUDA runtime, found by dlsym.
 $(B)/gpu/count_calls.so: tests/gpu/count_calls.c $(B)/config.mk
 	@mkdir -p $(@D)
-	$(CC) -shared -fPIC $(LANGUAGE) -Wno-pedantic $(CFLAGS) $(CPPFLAGS) $(CUDA_CFLAGS) $< -ldl -o $@
+	$(CC) -shared -fPIC $(LANGUAGE) -Wno-pedantic $(CFLAGS) $(CPPFLAGS) $(CUDA_CFLAGS) $< -Wl,-z,lazy -o $@
 
 gpu-tests: $(GPU_TESTS) $(GPU_PROGRAMS) $(B)/gpu/count_calls.so
+
+bench-gpu: all gpu-tests
+	$(or $(TORCH_PYTHON),python3) tests/bench_gpu
+
+study-gpu: all
+	$(or $(TORCH_PYTHON),python3) tests/bench_gpu --study
 
 bundle: $(if $(CUDA_FOUND),$(B)/gpu/fovea gpu-tests)
 	@$(if $(CUDA_FOUND),,echo "make bundle: no CUDA Toolkit was found, see 'make info'" && exit 1)
@@ -254,6 +260,8 @@ help:
 	@echo "make weights    fetch the published checkpoints into models/ (docs/weights.md)"
 	@echo "make info       what was found, what was not and what that turns off"
 	@echo "make bench      speed: every operation, steps per second, the whole study"
+	@echo "make bench-gpu  speed on a GPU beside PyTorch; make study-gpu: the whole study there"
+	@echo "make bundle     a folder that runs on a GPU machine without the libraries (docs/gpu.md)"
 	@echo "make soak       long runs that are killed and started again; then fuzzing, an hour"
 	@echo "                for each reader, as many at once as there are cores; SECONDS=3600"
 	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"

@@ -47,12 +47,13 @@ class Programs:
         self.mpirun = str(home / "mpirun") if self.around else "mpirun"
         self.keys = set(re.findall(r"^ +(\w+) ", self.run([self.fovea, "--help"]), re.M))
 
-    def run(self, command, env=None, limit=LIMIT, expected=(0,)):
-        """What a command printed, in the programs' environment."""
+    def run(self, command, env=None, limit=LIMIT, expected=(0,), tool=()):
+        """What a command printed, in the programs' environment; a tool that watches it is outside."""
+        command = [*tool, *self.around, *command]
         env = dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
                    **(env or {}))
         try:
-            done = subprocess.run(self.around + command, cwd=self.home, env=env, text=True,
+            done = subprocess.run(command, cwd=self.home, env=env, text=True,
                                   errors="replace", timeout=limit, stdin=subprocess.DEVNULL,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         except FileNotFoundError as error:
@@ -65,16 +66,16 @@ class Programs:
             raise Failure(f"status {done.returncode}: {last}\n{' '.join(command)}\n{done.stdout}")
         return done.stdout
 
-    def study(self, out, study, *arguments, device=DEVICE, ranks=1, before=()):
+    def study(self, out, study, *arguments, device=DEVICE, ranks=1, tool=()):
         """Runs a study into an empty folder; its jobs' histories by experiment."""
         missing = [a for a in arguments if "=" in a and not a.startswith("-")
                    and a.split("=")[0].split(".")[-1] not in self.keys]
         if missing:
             raise Failure(f"this fovea has no key {missing[0].split('=')[0]}")
-        command = list(before) + [self.fovea, study, "--out", str(out), "--device", device]
+        command = [self.fovea, study, "--out", str(out), "--device", device]
         if ranks > 1:
             command = [self.mpirun, "--oversubscribe", "-np", str(ranks)] + command
-        self.run(command + list(arguments))
+        self.run(command + list(arguments), tool=tool)
         jobs = {path.parent.parent.name: path for path in out.glob("*/seed_0/history.safetensors")}
         if not jobs:
             raise Failure(f"{out}: no job left a history")
