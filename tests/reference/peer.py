@@ -25,7 +25,7 @@ import model
 from model import Params, Sizes, Switches
 
 Weights = dict[str, Tensor]  # of one block, by short names
-MODES = ("eager", "best", "graph", "exact")
+MODES = ("eager", "best", "tuned", "graph", "exact")
 CHECK_LIMIT = 1e-10  # doubles; the longest sums have some thousand terms of random sign
 
 
@@ -169,14 +169,15 @@ class Batch:
 
 
 class Peer:
-    """One model with its optimizer. `exact` computes in the precision of the weights, with the
-    savings of `best`; `graph` is `best` without compilation."""
+    """One model with its optimizer. `tuned` is `best` with products tuned by the compiler, which takes
+    minutes, `graph` is `best` without compilation, `exact` has its savings in the precision of the
+    weights."""
 
     def __init__(self, c: Sizes, s: Switches, weights: Params, mode: str, device: str, lr: float = 3e-5):
         assert mode in MODES and s.vision and s.text == "none" and s.query_mode == "deep"
         self.c, self.s, self.mode, self.device = c, s, mode, device
         self.saving = mode != "eager"
-        self.half = mode in ("best", "graph")
+        self.half = mode in ("best", "tuned", "graph")
         self.cache: Optional[Tensor] = None
         self.names = sources(c)
         self.master: Params = {}
@@ -206,10 +207,9 @@ class Peer:
         self.blocks: dict[str, Callable] = {}
         for block in (encoder_block, keys_and_values, query_block, lm_block, head_start, head_end):
             self.blocks[block.__name__] = block
-            if mode == "best":
-                self.blocks[block.__name__] = torch.compile(
-                    block, mode="max-autotune-no-cudagraphs", dynamic=False
-                )
+            if mode in ("best", "tuned"):
+                how = "max-autotune-no-cudagraphs" if mode == "tuned" else "default"
+                self.blocks[block.__name__] = torch.compile(block, mode=how, dynamic=False)
         self.constants()
 
     def constants(self) -> None:
