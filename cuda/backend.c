@@ -191,6 +191,18 @@ static void cuda_copy(FvBackend *backend, size_t n, const real *x, real *y) {
 
 /* --- the queue ------------------------------------------------------------------------------- */
 
+/* One of the two may be what another backend of the device has allocated. */
+static void cuda_copy_operands(FvBackend *backend, size_t n, const real *x, real *y) {
+    FvCuda *cuda = fv_cuda(backend);
+    if (cuda->bf16 && !fv_cuda_is_operand(cuda, x) && !fv_cuda_is_operand(cuda, y))
+        fv_cuda_fail(cuda, "copy_operands", "was given no operand tensor");
+    else if (n > 0)
+        fv_cuda_ok(cuda,
+                   cudaMemcpyAsync(y, x, n * backend->operand_bytes, cudaMemcpyDeviceToDevice,
+                                   cuda->stream),
+                   "copying on the GPU");
+}
+
 static FvStatus report_failure(FvCuda *cuda, FvError *err) {
     if (!cuda->failure[0])
         return FV_OK;
@@ -321,6 +333,7 @@ static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .recorded = cuda_recorded,
                                .replay = cuda_replay,
                                .copy = cuda_copy,
+                               .copy_operands = cuda_copy_operands,
                                FV_CUDA_OPS(FV_CUDA_ENTRY)};
 
 size_t fv_cuda_devices(char *why, size_t size) {

@@ -116,6 +116,8 @@ typedef struct FvOps {
 
     /* --- rows and elements ------------------------------------------------------------------ */
     void (*copy)(FvBackend *, size_t n, const real *x, real *y);
+    /* the same for operand tensors: n elements of operand_bytes */
+    void (*copy_operands)(FvBackend *, size_t n, const real *x, real *y);
     void (*add)(FvBackend *, size_t n, const real *x, real *y); /* y += x */
     /* dst[di(i)] (+)= src[si(i)] for i < rows, rows of `width`; an index array NULL means i, a
      * source or target index < 0 skips the row. With add, repeated targets are summed in the

@@ -155,6 +155,7 @@ static const FvOps cpu_ops = {
     .reached = cpu_reached,
     .wait = cpu_wait,
     .copy = fv_cpu_copy,
+    .copy_operands = fv_cpu_copy,
     .add = fv_cpu_add,
     .copy_rows = fv_cpu_copy_rows,
     .residual = fv_cpu_residual,

@@ -144,11 +144,14 @@ void fv_encoder_carve(FvEncoder *e, FvArena *arena) {
             fv_block_carve(v, arena, &e->act[l], rows, probs);
         else
             e->act[l] = e->act[0];
-        bool shared = e->norms && l > 0;
-        e->k[l] = shared ? e->k[0] : fv_take(arena, wide);
-        e->v_of[l] = shared ? e->v_of[0] : fv_take(arena, wide);
-        if (e->norms) /* no operand: others than products read it */
-            e->act[l].n1 = fv_take(arena, wide);
+        if (e->norms && l > 0) {
+            e->act[l].n1 = fv_take_operand(arena, wide);
+            e->k[l] = e->k[0];
+            e->v_of[l] = e->v_of[0];
+        } else {
+            e->k[l] = fv_take(arena, wide);
+            e->v_of[l] = fv_take(arena, wide);
+        }
         if (e->trained) {
             e->dk[l] = fv_take(arena, wide);
             e->dv[l] = fv_take(arena, wide);

@@ -23,7 +23,11 @@ size_t fv_encoder_cache_clip_values(const FvModelConfig *c) {
     return fv_mul3(c->deep ? c->dino_layers : 1, tokens, c->dino_width);
 }
 
-FvStatus fv_encoder_cache_create(FvBackend *be, size_t clips, size_t capacity, size_t clip_values,
+size_t fv_encoder_cache_clip_bytes(const FvModelConfig *c, size_t operand_bytes) {
+    return fv_mul(fv_encoder_cache_clip_values(c), c->deep ? operand_bytes : sizeof(real));
+}
+
+FvStatus fv_encoder_cache_create(FvBackend *be, size_t clips, size_t capacity, size_t clip_bytes,
                                  FvEncoderCache **out, FvError *err) {
     FvEncoderCache *cache = calloc(1, sizeof *cache);
     Slot *slots = calloc(clips ? clips : 1, sizeof *slots);
@@ -35,7 +39,7 @@ FvStatus fv_encoder_cache_create(FvBackend *be, size_t clips, size_t capacity, s
     cache->be = be;
     cache->clips = clips;
     cache->capacity = capacity < clips ? capacity : clips;
-    cache->clip_bytes = fv_mul(clip_values, sizeof(real));
+    cache->clip_bytes = clip_bytes;
     cache->slots = slots;
     *out = cache;
     return FV_OK;

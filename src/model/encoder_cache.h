@@ -11,10 +11,12 @@ typedef struct FvEncoderCache FvEncoderCache;
 
 /* Values stored of one clip: [dino_layers][T, N + 1, D] when deep, else [T, N + 1, D]. */
 size_t fv_encoder_cache_clip_values(const FvModelConfig *);
+/* Their bytes: when deep they are operand tensors, of elements of operand_bytes (backend.h). */
+size_t fv_encoder_cache_clip_bytes(const FvModelConfig *, size_t operand_bytes);
 
 /* For clips 0 .. clips - 1, of which `capacity` are kept at most, those that come first. Their
  * memory is taken one by one from `be`, which serves the cache alone and outlives it. */
-FvStatus fv_encoder_cache_create(FvBackend *be, size_t clips, size_t capacity, size_t clip_values,
+FvStatus fv_encoder_cache_create(FvBackend *be, size_t clips, size_t capacity, size_t clip_bytes,
                                  FvEncoderCache **out, FvError *err);
 void fv_encoder_cache_destroy(FvEncoderCache *);
 

@@ -86,7 +86,8 @@ static void carve(FvModel *m, FvArena *arena) {
     if (c->vision)
         fv_encoder_carve(&m->encoder, arena);
     if (fv_encoder_stored(c))
-        m->encoded = fv_take(arena, fv_mul(c->clips, fv_encoder_cache_clip_values(c)));
+        m->encoded = (c->deep ? fv_take_operand
+                              : fv_take)(arena, fv_mul(c->clips, fv_encoder_cache_clip_values(c)));
     fv_query_carve(m, arena);
     fv_lm_carve(m, arena);
     fv_head_carve(m, arena);
@@ -309,6 +310,11 @@ static const real *encoded_block(const FvModel *m, size_t i) {
     return m->c.deep ? m->encoder.act[i].n1 : m->encoder.features;
 }
 
+static void copy_encoded(FvModel *m, size_t n, const real *from, real *to) {
+    const FvOps *ops = m->be->ops;
+    (m->c.deep ? ops->copy_operands : ops->copy)(m->be, n, from, to);
+}
+
 /* Clip b's outputs, stored or made now. A clip is encoded alone, at one place in memory: its bits
  * do not depend on the batch, nor on who stored them. */
 static FvStatus load_encoded(FvModel *m, const FvBatch *batch, size_t b, FvError *err) {
@@ -322,13 +328,13 @@ static FvStatus load_encoded(FvModel *m, const FvBatch *batch, size_t b, FvError
         fv_encoder_forward(&m->encoder, m->be, m->pixels);
     }
     for (size_t i = 0; i < blocks; i++)
-        ops->copy(m->be, n, stored ? stored + i * n : encoded_block(m, i),
-                  m->encoded + (i * m->c.clips + b) * n);
+        copy_encoded(m, n, stored ? fv_encoded_at(m, stored, i * n) : encoded_block(m, i),
+                     fv_encoded_at(m, m->encoded, (i * m->c.clips + b) * n));
     real *room = m->cache && !stored ? fv_encoder_cache_reserve(m->cache, batch->number[b]) : NULL;
     if (!room)
         return FV_OK;
     for (size_t i = 0; i < blocks; i++)
-        ops->copy(m->be, n, encoded_block(m, i), room + i * n);
+        copy_encoded(m, n, encoded_block(m, i), fv_encoded_at(m, room, i * n));
     FV_TRY(ops->sync(m->be, err));
     fv_encoder_cache_publish(m->cache, batch->number[b]);
     return FV_OK;
@@ -674,8 +680,8 @@ static bool first_bad_of_encoder(FvModel *m, char *name, size_t size) {
         return bad(m, m->encoded, n, "encoder: ", "features", name, size);
     for (size_t l = 0; m->c.vision && l < m->c.dino_layers; l++) {
         snprintf(layer, sizeof layer, "%s of layer %zu", m->encoded ? "input" : "keys", l);
-        if (bad(m, m->encoded ? m->encoded + l * n : m->encoder.k[l], n, "encoder: ", layer, name,
-                size))
+        if (bad(m, m->encoded ? fv_encoded_at(m, m->encoded, l * n) : m->encoder.k[l], n,
+                "encoder: ", layer, name, size))
             return true;
     }
     return false;

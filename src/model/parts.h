@@ -155,6 +155,12 @@ struct FvModel {
 
 void fv_ready_from(void *model, const real *g); /* tells FvModel.ready */
 
+/* Element i of stored outputs of the encoder, which are operand tensors when deep. */
+static inline real *fv_encoded_at(const FvModel *m, const real *base, size_t i) {
+    size_t bytes = m->c.deep ? m->be->operand_bytes : sizeof(real);
+    return (real *)(void *)((char *)(uintptr_t)base + i * bytes);
+}
+
 static inline size_t fv_frames(const FvModel *m) {
     return m->c.clips * m->c.frames;
 }

@@ -96,7 +96,7 @@ static void attend(FvModel *m, const FvQueryPass *p, size_t l) {
         return;
     }
     const FvBlockWeights *w = &e->w->layer[l];
-    const real *n = m->encoded + l * frames * fv_keys(m) * d;
+    const real *n = fv_encoded_at(m, m->encoded, l * frames * fv_keys(m) * d);
     real *absorbed = p->absorbed + l * frames * heads * d, *pooled = m->query.pooled;
     ops->head_linear_back(m->be, frames, heads, d, d / heads, w->k_w.w, a->q, absorbed);
     ops->query(m->be, &shape, absorbed, n, n, a->probs, pooled);
@@ -156,7 +156,7 @@ static void attend_back(FvModel *m, const FvQueryPass *p, size_t l, const real *
         return;
     }
     const FvBlockWeights *w = &e->w->layer[l];
-    const real *n = m->encoded + l * frames * fv_keys(m) * d;
+    const real *n = fv_encoded_at(m, m->encoded, l * frames * fv_keys(m) * d);
     const real *absorbed = p->absorbed + l * frames * heads * d;
     ops->head_linear_back(m->be, frames, heads, d, d / heads, w->v_w.w, q->dn, q->dpooled);
     ops->query_back(m->be, &shape, absorbed, n, n, a->probs, q->dpooled, dprobs, q->dabsorbed, NULL,

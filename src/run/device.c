@@ -74,6 +74,17 @@ FvStatus fv_device_choose(const char *wish, const FvWorld *world, size_t threads
     return FV_OK;
 }
 
+FvStatus fv_device_precision(const FvDevice *device, const char *precision, bool *bf16,
+                             FvError *err) {
+    bool must = strcmp(precision, "bf16") == 0;
+    *bf16 = device->gpu && strcmp(precision, "fp32") != 0;
+    return must && !device->gpu
+               ? FV_FAIL(err, FV_USAGE,
+                         "precision bf16: the processor computes in fp32 alone; use precision=fp32 "
+                         "or auto, or a GPU (--device cuda)")
+               : FV_OK;
+}
+
 void fv_device_share(FvDevice *device, const FvWorld *world) {
     const size_t size = sizeof device->text;
     char *all = calloc(world->local_size, size);
@@ -88,21 +99,10 @@ void fv_device_share(FvDevice *device, const FvWorld *world) {
 
 FvStatus fv_device_memory_left(const FvDevice *device, size_t *out, FvError *err) {
     FvBackend *be;
-    FV_TRY(fv_device_open(device, "fp32", 1, &be, err));
+    FV_TRY(fv_device_open(device, "auto", 1, &be, err));
     *out = be->ops->memory_left(be) / device->ranks;
     fv_backend_destroy(be);
     return FV_OK;
-}
-
-FvStatus fv_device_precision(const FvDevice *device, const char *precision, bool *bf16,
-                             FvError *err) {
-    bool must = strcmp(precision, "bf16") == 0;
-    *bf16 = device->gpu && strcmp(precision, "fp32") != 0;
-    return must && !device->gpu
-               ? FV_FAIL(err, FV_USAGE,
-                         "precision bf16: the processor computes in fp32 alone; use precision=fp32 "
-                         "or auto, or a GPU (--device cuda)")
-               : FV_OK;
 }
 
 FvStatus fv_device_open(const FvDevice *device, const char *precision, size_t threads,

@@ -97,17 +97,17 @@ static size_t memory_left(FvEncoderCaches *caches) {
 }
 
 static FvStatus add_entry(FvEncoderCaches *caches, const FvModelConfig *c, const FvDataInfo *data,
-                          const char *key, Entry **out, FvError *err) {
+                          size_t operand_bytes, const char *key, Entry **out, FvError *err) {
     size_t clips = data->count[FV_TRAIN] + data->count[FV_HELD_OUT];
-    size_t values = fv_encoder_cache_clip_values(c);
+    size_t clip_bytes = fv_encoder_cache_clip_bytes(c, operand_bytes);
     if (!caches->be)
-        FV_TRY(fv_device_open(&caches->device, "fp32", 1, &caches->be, err));
+        FV_TRY(fv_device_open(&caches->device, "auto", 1, &caches->be, err));
     Entry *entry = calloc(1, sizeof *entry);
     if (!entry)
         return FV_FAIL(err, FV_DEVICE, "out of memory for an encoder's cache");
-    size_t room =
-        fv_encoder_cache_fitting(clips, fv_mul(values, sizeof(real)), memory_left(caches));
-    FvStatus status = fv_encoder_cache_create(caches->be, clips, room, values, &entry->cache, err);
+    size_t room = fv_encoder_cache_fitting(clips, clip_bytes, memory_left(caches));
+    FvStatus status =
+        fv_encoder_cache_create(caches->be, clips, room, clip_bytes, &entry->cache, err);
     if (status != FV_OK) {
         free(entry);
         return status;
@@ -131,7 +131,7 @@ FvStatus fv_encoder_caches_attach(FvEncoderCaches *caches, FvModel *model, const
     while (entry && strcmp(entry->key, key) != 0)
         entry = entry->next;
     if (!entry) {
-        status = add_entry(caches, c, data, key, &entry, err);
+        status = add_entry(caches, c, data, be->operand_bytes, key, &entry, err);
         if (status == FV_OK) {
             size_t room = fv_encoder_cache_capacity(entry->cache);
             snprintf(note, note_size,

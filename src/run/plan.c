@@ -76,7 +76,7 @@ FvStatus fv_plan_caches(const FvStudy *study, const FvDataInfo *const *info, siz
                               same_encoded(c, other));
         }
         size_t encoders = strcmp(c->dino_from, "none") == 0 ? study->seed_count : 1;
-        size_t clip = fv_mul(fv_encoder_cache_clip_values(&model), sizeof(real));
+        size_t clip = fv_encoder_cache_clip_bytes(&model, sizeof(real));
         for (size_t i = 0; fv_encoder_stored(&model) && !known && i < encoders; i++)
             *bytes += clip * fv_encoder_cache_fitting(clips_of(c, info ? info[e] : NULL), clip,
                                                       left - *bytes);
@@ -143,8 +143,8 @@ static FvStatus time_model(FvModel *m, const FvModelConfig *c, FvBackend *be, Ti
     FvStatus status = fv_params_init(fv_model_params(m), be, 0, NULL, err);
     for (int found = 0; status == FV_OK && found < (fv_encoder_stored(c) ? 2 : 1); found++) {
         if (found) /* the zeros of the batch are all clip 0 */
-            status =
-                fv_encoder_cache_create(be, 1, 1, fv_encoder_cache_clip_values(c), &cache, err);
+            status = fv_encoder_cache_create(
+                be, 1, 1, fv_encoder_cache_clip_bytes(c, be->operand_bytes), &cache, err);
         if (status == FV_OK && found)
             fv_model_use_cache(m, cache);
         if (status == FV_OK)
@@ -186,7 +186,7 @@ static FvStatus estimate_seconds(const FvConfig *config, const FvJobPlan *p, siz
     if (!fv_encoder_stored(&p->model))
         return FV_OK;
     size_t clips = clips_of(config, NULL);
-    size_t clip_bytes = fv_mul(fv_encoder_cache_clip_values(&p->model), sizeof(real));
+    size_t clip_bytes = fv_encoder_cache_clip_bytes(&p->model, sizeof(real));
     double kept = (double)fv_encoder_cache_fitting(clips, clip_bytes, left);
     double found = kept / (double)clips, encoding = t.step[0] - t.step[1];
     double all_found = t.step[1] * steps + t.evaluation[1] * evaluations;

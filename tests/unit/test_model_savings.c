@@ -190,9 +190,10 @@ static FvEncoderCache *open_cache(FvBackend *be, const FvModelConfig *c, size_t 
                                   size_t capacity) {
     FvError err = {0};
     FvEncoderCache *cache;
-    assert_int_equal(
-        fv_encoder_cache_create(be, clips, capacity, fv_encoder_cache_clip_values(c), &cache, &err),
-        FV_OK);
+    assert_int_equal(fv_encoder_cache_create(be, clips, capacity,
+                                             fv_encoder_cache_clip_bytes(c, be->operand_bytes),
+                                             &cache, &err),
+                     FV_OK);
     return cache;
 }
 
