@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the batch scripts of this folder: bash, in fovea's folder. What they share: how ranks
 # are started, how signals reach them, and what an exit status leads to.
 #
@@ -5,6 +6,7 @@
 #   FOVEA_OUT       folder of the results, on a file system that all nodes share: runs/STUDY
 #   FOVEA_RESTARTS  how often a job may requeue itself
 #   FOVEA_LAUNCHER  srun or mpirun
+#   FOVEA_PROGRAM   ./fovea, or a command that starts it in a container
 #   SRUN_MPI        plugin of srun: pmix; `srun --mpi=list` shows what there is
 #   FOVEA_STAGE     node-local folder that the data file is copied to first, e.g. '$TMPDIR'
 #
@@ -21,7 +23,8 @@ prepare() { # DEFAULT_STUDY ARGUMENTS...
     study=${FOVEA_STUDY:-$1}
     shift
     if [ -f jobs/slurm/site.env ]; then . jobs/slurm/site.env; fi
-    [ -x ./fovea ] || die 2 "no ./fovea in $PWD: submit from fovea's folder, after make"
+    read -ra fovea <<<"${FOVEA_PROGRAM:-./fovea}"
+    command -v "${fovea[0]}" >/dev/null || die 2 "no ${fovea[0]} in $PWD: submit from fovea's folder, after make"
     [ -f "$study" ] || die 2 "no study $study: FOVEA_STUDY names one"
     case " $* " in *" --out"*) die 2 "--out is not taken here: FOVEA_OUT=DIR sbatch ..." ;; esac
     out=${FOVEA_OUT:-runs/$(basename "$study" .yaml)}
@@ -41,7 +44,7 @@ choose_launcher() {
         launch=(srun "--mpi=${SRUN_MPI:-pmix}" --kill-on-bad-exit=1 --export=ALL)
         if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then launch+=(--gpu-bind=none); fi
         ;;
-    mpirun) launch=(mpirun -np "$SLURM_NTASKS" --bind-to none) ;;
+    mpirun) launch=(mpirun --bind-to none) ;;
     *) die 2 "FOVEA_LAUNCHER=$FOVEA_LAUNCHER: srun or mpirun" ;;
     esac
 }
@@ -60,7 +63,7 @@ run() {
     shift
     if [ -n "${FOVEA_STAGE:-}" ]; then set -- --stage "$(eval echo "$FOVEA_STAGE")" "$@"; fi
     status=0
-    "${launch[@]}" ./fovea "$study" --out "$folder" "$@" &
+    "${launch[@]}" "${fovea[@]}" "$study" --out "$folder" "$@" &
     ranks=$!
     trap 'stop USR1' USR1
     trap 'stop TERM' TERM
@@ -86,7 +89,7 @@ only() {
 # How many of the folder's selected jobs are neither finished nor failed, as recorded there: srun
 # can return 0 after a node failure.
 unfinished() { # FOLDER ARGUMENTS...
-    ./fovea status "$1" | awk -v only="$(only "${@:2}")" \
+    "${fovea[@]}" status "$1" | awk -v only="$(only "${@:2}")" \
         '$2 == "seed" && (only == "" || index("," only ",", "," $1 ",")) &&
          $4 != "finished" && $4 != "failed"' | wc -l
 }

@@ -2,13 +2,10 @@
 # The batch scripts of jobs/slurm, unchanged, on a real Slurm of two nodes (tests/slurm/cluster).
 . tests/integration/common
 
-D=$TMPDIR/cluster
+D=$TMPDIR/plain
 trap 'tests/slurm/cluster down "$D"' EXIT
 trap 'exit 143' TERM INT
-GPUS=${GPUS:-2} tests/slurm/cluster up "$D"
-. "$D/env"
-unset "${!SBATCH_@}" "${!FOVEA_@}" 2>/dev/null || true
-FOVEA=$PWD/fovea
+unset "${!SBATCH_@}" "${!SLURM_@}" "${!FOVEA_@}"
 export FOVEA_STUDY=$tiny
 
 # submit NAME ARGUMENTS...: sbatch for the study in OUT = $TMPDIR/NAME; the job's id
@@ -41,6 +38,13 @@ appears() { # PATTERN of a file
     done
     fail "$1 does not appear"
 }
+rank_of() { # NAME: pid of one of the job's ranks
+    local pid
+    for pid in $(tests/slurm/cluster ranks "$D"); do
+        if tr '\0' ' ' <"/proc/$pid/cmdline" | grep -qF -e "--out $TMPDIR/$1 "; then echo "$pid" && return; fi
+    done
+    fail "$1 has no rank"
+}
 one_node() { submit "$1" --nodes=1 --ntasks-per-node="$2" --gpus-per-node="$2" "${@:3}"; }
 seconds=$SECONDS
 done_with() {
@@ -48,13 +52,29 @@ done_with() {
     seconds=$SECONDS
 }
 
+# A cluster without GPUs: the scripts' request is refused, and can be taken back.
+GPUS=0 tests/slurm/cluster up "$D"
+. "$D/env"
+run_tiny "$TMPDIR/direct"
+if one_node refused 1 jobs/slurm/ablations.sbatch >"$TMPDIR/refused.txt" 2>&1; then
+    fail "GPUs were granted where there are none"
+fi
+says refused 'generic resource'
+plain=$(SBATCH_GPUS_PER_NODE=0 submit plain --ntasks-per-node=2 jobs/slurm/ablations.sbatch)
+ended "$plain" plain COMPLETED 0
+compare "$TMPDIR/direct/results.h5" "$TMPDIR/plain/results.h5"
+tests/slurm/cluster down "$D"
+done_with "no GPUs"
+
 # Two nodes of two ranks with srun; two and one with mpirun; a partition without GPUs.
+D=$TMPDIR/cluster
+tests/slurm/cluster up "$D"
+. "$D/env"
 two=$(submit two --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 jobs/slurm/ablations.sbatch)
 ended "$two" two COMPLETED 0
 uneven=$(FOVEA_LAUNCHER=mpirun submit uneven --nodes=2 --ntasks=3 --ntasks-per-node=2 \
     --gpus-per-node=2 jobs/slurm/ablations.sbatch)
 cpu=$(SBATCH_GPUS_PER_NODE=0 submit cpu --nodes=1 --ntasks-per-node=2 jobs/slurm/extended.sbatch seeds=0)
-run_tiny "$TMPDIR/direct"
 ended "$uneven" uneven COMPLETED 0
 ended "$cpu" cpu COMPLETED 0
 for name in two uneven cpu; do compare "$TMPDIR/direct/results.h5" "$TMPDIR/$name/results.h5"; done
@@ -69,7 +89,7 @@ c=$(one_node c 1 jobs/slurm/ablations.sbatch --out "$TMPDIR/elsewhere")
 d=$(SRUN_MPI=none one_node d 2 jobs/slurm/ablations.sbatch)
 e=$(FOVEA_LAUNCHER=prun one_node e 1 jobs/slurm/ablations.sbatch)
 f=$(one_node f 1 --array=7 jobs/slurm/ablations-array.sbatch)
-for job in "$a a" "$b b" "$c c" "$e e" "$f f"; do ended ${job} FAILED 2; done
+for job in "$a a" "$b b" "$c c" "$e e" "$f f"; do ended ${job% *} "${job#* }" FAILED 2; done
 ended "$d" d FAILED 1
 says a 'FOVEA_STUDY names one'
 says b 'did you mean "temperature"'
@@ -82,13 +102,15 @@ if one_node g 1 --partition=nowhere jobs/slurm/ablations.sbatch >"$TMPDIR/g.txt"
 fi
 done_with "wrong options"
 
-# A signal before the time limit: checkpoint, requeue, the same losses in the end. A job that the
-# user cancels stays cancelled; one that may not restart ends with fovea's status.
+# A signal before the time limit, or a killed rank: requeued, the same losses in the end. A job that
+# the user cancels stays cancelled; one that may not restart ends with fovea's status.
 long="--only B_temp_0.1 steps=4000 eval_every=1000 map_every=1000 checkpoint_steps=100"
 # shellcheck disable=SC2086
 {
     signalled=$(one_node signalled 1 jobs/slurm/ablations.sbatch $long)
     cancelled=$(one_node cancelled 1 jobs/slurm/extended.sbatch $long steps=1000000)
+    killed=$(FOVEA_PROGRAM="env ./fovea" submit killed --nodes=2 --ntasks-per-node=1 \
+        --gpus-per-node=1 jobs/slurm/ablations.sbatch $long)
     last=$(FOVEA_RESTARTS=0 one_node last 1 jobs/slurm/ablations.sbatch $long steps=1000000)
     appears "$TMPDIR/signalled/B_temp_0.1/seed_0/checkpoint-*"
     scancel --batch --signal=USR1 "$signalled"
@@ -96,6 +118,8 @@ long="--only B_temp_0.1 steps=4000 eval_every=1000 map_every=1000 checkpoint_ste
     scancel "$cancelled"
     appears "$TMPDIR/last/B_temp_0.1/seed_0/checkpoint-*"
     scancel --batch --signal=USR1 "$last"
+    appears "$TMPDIR/killed/B_temp_0.1/seed_0/checkpoint-*"
+    kill -KILL "$(rank_of killed)"
     run_tiny "$TMPDIR/whole" $long
 }
 ended "$last" last FAILED 75
@@ -108,6 +132,9 @@ says signalled 'start 1'
 says signalled 'after USR1; requeued'
 says signalled 'start 2'
 compare "$TMPDIR/whole/results.h5" "$TMPDIR/signalled/results.h5"
+ended "$killed" killed COMPLETED 0
+says killed 'status 137: ranks were killed; requeued'
+compare "$TMPDIR/whole/results.h5" "$TMPDIR/killed/results.h5"
 done_with "signals"
 
 # An array: the experiment that fails is told, the others are kept and merged; merging again
