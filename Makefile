@@ -49,7 +49,7 @@ TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
 C_FILES := $(SOURCES) $(wildcard src/*/*.h cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/cuda_host/* tests/unit/*.[ch] tests/fuzz/*.[ch] \
-                                tests/speed/*.c tests/reference/*.c tests/gpu/*.c)
+                                tests/speed/*.c tests/reference/*.c tests/gpu/*.c tests/failures/*.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
 FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c src/run/fence.c \

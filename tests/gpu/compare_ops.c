@@ -330,7 +330,7 @@ static void losses(Compare *c, size_t rows, size_t width) {
     check(c, "normalize", y, stored);
     check(c, "normalize_back", d, stored);
     Pair total = made_wide(c, 2); /* the second: 0, no norm was bad */
-    EACH(o->norm(be, n, R(x), W(total)));
+    EACH(o->zero(be, W(total), 2 * sizeof(double)); o->norm(be, n, R(x), W(total)));
     check(c, "norm", total, stored);
 }
 
