@@ -141,6 +141,14 @@ def record(file, names, seeds):
     return out, keys
 
 
+def last_of(values, eval_steps, last_steps):
+    """[experiment, seed, ...] at the evaluation after last_steps [experiment, seed]."""
+    at = np.searchsorted(eval_steps, np.nan_to_num(last_steps)).astype(int)
+    at = np.minimum(at, len(eval_steps) - 1)
+    taken = np.take_along_axis(values, at[:, :, None, None, None], axis=2)[:, :, 0]
+    return np.where(np.isfinite(last_steps)[:, :, None, None], taken, np.nan)
+
+
 def load(path):
     """A study as one xarray.Dataset; path is results.h5 or the folder it is in.
 
@@ -149,6 +157,7 @@ def load(path):
                                                 held_out_ratio_chosen, held_out_step; status, why,
                                                 seconds, parameters, ... (the runs' attributes)
     [experiment, seed, eval_step, clip, frame]  eval_COLUMN: every evaluation on held-out clips
+    [experiment, seed, clip, frame]             last_COLUMN: each run's last evaluation
     [experiment, key]                           config, as text
     attributes                                  those of the file: study, command_line, ...
 
@@ -176,7 +185,11 @@ def load(path):
                   "step": ("step", step[()].astype(np.int64), described(step)), "key": keys}
         coords.update({k: v for k, v in axes.items() if k not in coords})
     data.update(more)
-    data.update({"eval_" + name: v for name, v in evaluations.items()})
+    for name, (dims, values, notes) in evaluations.items():
+        data["eval_" + name] = dims, values, notes
+        last = last_of(values, axes["eval_step"][1], data["held_out_step"][1])
+        data["last_" + name] = (dims[:2] + dims[3:], last, {
+            **notes, "long_name": "last evaluation: " + notes.get("long_name", name)})
     return xarray.Dataset(data, coords, {**attrs, "path": str(find(path))})
 
 
