@@ -94,14 +94,15 @@ def gather(file, subgroup, names=None, skip=()):
         axes = {name: array(d) for name, d in group.items() if h5py.h5ds.is_scale(d.id)}
         like[experiment, seed] = axes
         for name, labels in axes.items():
-            notes[name] = described(group[name])
+            notes[name] = notes.get(name) or described(group[name])
             coords[name] = labels if name not in coords else np.union1d(coords[name], labels)
         for name, dataset in group.items():
             if name in axes or name in skip or (names and name not in names):
                 continue
-            notes[name] = described(dataset)
-            dims[name] = ("experiment", "seed") + tuple(
-                d[0].name.rsplit("/", 1)[-1] for d in dataset.dims)
+            if name not in dims:  # the name of a scale is slow to find
+                notes[name] = described(dataset)
+                dims[name] = ("experiment", "seed") + tuple(
+                    d[0].name.rsplit("/", 1)[-1] for d in dataset.dims)
             found.setdefault(name, {})[experiment, seed] = dataset[()]
     if "pass" in coords:
         coords["pass"] = np.array(["coarse", "fine"], dtype=object)  # union1d sorts
