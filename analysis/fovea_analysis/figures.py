@@ -271,7 +271,9 @@ def experiment(findings, result, folder):
     """Small plots of one experiment: losses, ratio, similarity and entropies."""
     study, window, i = findings.study, window_of(findings.study), result.index
     there = np.isfinite(study.loss_fine.values[i]).any(axis=1)
-    figure, (loss, ratio, more) = pyplot.subplots(1, 3, figsize=(WIDTH, 2.1), layout="constrained")
+    figure, (loss, ratio, more) = pyplot.subplots(
+        1, 3, figsize=(WIDTH, 2.1), gridspec_kw={"left": 0.06, "right": 0.99, "top": 0.88,
+                                                 "bottom": 0.22, "wspace": 0.22})
     shown = [curve(loss, study[c].values[i][there], 0, window, label, color=colour, linestyle=dash)
              for c, label, colour, dash in (("loss_fine", "fine", "#D55E00", "-"),
                                             ("loss_coarse", "coarse", "#0072B2", (0, (4, 2))))]

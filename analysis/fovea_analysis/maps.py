@@ -20,6 +20,16 @@ STEPS = 6                       # training steps shown in the animation
 ROWS = 12                       # experiments shown in a sheet
 
 
+def colours(name, at):
+    """RGB bytes of values from 0 to 1."""
+    return table(name)[np.round(np.asarray(at) * 255).astype(int)]
+
+
+@functools.lru_cache(maxsize=None)
+def table(name):
+    return np.round(matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).astype(np.uint8)
+
+
 @functools.lru_cache(maxsize=None)
 def font(size):
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
@@ -46,12 +56,12 @@ def heat(values, patches, size=TILE):
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.log(np.asarray(values, dtype=float) * patches / LOW)
     relative /= np.log(top_of(patches) / LOW)
-    return enlarged(matplotlib.colormaps["cividis"](np.clip(relative, 0, 1))[..., :3] * 255, size)
+    return enlarged(colours("cividis", np.clip(relative, 0, 1)), size)
 
 
 def enlarged(rgb, size=TILE, smooth=False):
-    """[y, x, 3] as a square tile: map cells stay cells."""
-    image = Image.fromarray(np.asarray(rgb).round().astype(np.uint8))
+    """Bytes [y, x, 3] as a square tile: map cells stay cells."""
+    image = Image.fromarray(np.ascontiguousarray(rgb))
     return image.resize((size, size), Image.LANCZOS if smooth else Image.NEAREST)
 
 
@@ -59,7 +69,7 @@ def signed(values, size=TILE):
     """Difference of two maps: orange is positive and bears a plus, purple negative and a minus
     where it is more than half as large as the largest."""
     most = np.abs(values).max() or 1.0
-    tile = enlarged(matplotlib.colormaps["PuOr_r"](0.5 + values / most / 2)[..., :3] * 255, size)
+    tile = enlarged(colours("PuOr_r", 0.5 + values / most / 2), size)
     draw = ImageDraw.Draw(tile)
     height, width = values.shape
     for y, x in np.argwhere(np.abs(values) > most / 2):
@@ -75,9 +85,9 @@ def bar(width, patches):
     image = Image.new("RGB", (width, 46), "white")
     draw = ImageDraw.Draw(image)
     left, length = LABEL, min(360, width - LABEL - 60)
-    for x in range(length):
-        draw.line([(left + x, 6), (left + x, 18)], fill=tuple(
-            int(c * 255) for c in matplotlib.colormaps["cividis"](x / max(1, length - 1))[:3]))
+    shades = colours("cividis", np.linspace(0, 1, length))
+    image.paste(Image.fromarray(np.ascontiguousarray(np.broadcast_to(shades, (13, length, 3)))),
+                (left, 6))
     draw.text((4, 4), "attention × patches\n(1: an even spread)", fill="black", font=font(11))
     value = LOW
     while value <= top:
@@ -98,9 +108,10 @@ def sheet(rows, columns, title=None, patches=None):
     draw = ImageDraw.Draw(image)
     if title:
         draw.text((4, 3), title, fill="black", font=font(13))
+    longest = max(columns, key=len)
     for i, text in enumerate(columns):
         draw.text((LABEL + i * (TILE + GAP) + TILE / 2, head - 4), text, fill="black",
-                  font=fitting(text, TILE + GAP - 2, 12), anchor="ms")
+                  font=fitting(longest, TILE + GAP - 2, 12), anchor="ms")
     for j, (label, tiles) in enumerate(rows):
         y = head + j * (TILE + GAP)
         draw.multiline_text((4, y + TILE / 2), label, fill="black", font=font(13), anchor="lm")

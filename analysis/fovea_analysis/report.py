@@ -115,10 +115,20 @@ def controls_text(findings):
     return " ".join(parts)
 
 
+def lead(findings):
+    """The answer in one line."""
+    helps = [r.name for r in findings.ranked if r.measured and claim(r) == "supported"]
+    if findings.most_seeds < MIN_SEEDS:
+        return f"**{count(findings.most_seeds, 'seed').capitalize()} cannot answer it.**"
+    if helps:
+        return f"**Yes, in {listing(helps)}.**"
+    return "**Not shown: in no experiment does the choice of the query help detectably.**"
+
+
 def answer(findings):
     best = findings.ranked[0]
     base = findings.by_name(findings.baseline)
-    parts = [f"On {scope(findings)}:"]
+    parts = [lead(findings), f"On {scope(findings)}:"]
     if base.measured:
         parts.append(f"in {base.name}, {passes(base)}.")
     parts.append(f"The lowest ratio is that of {best.name}, {number(best.ratio.value)}.")
@@ -203,14 +213,14 @@ def add_ranking(page, findings, pictures):
     compared = findings.compared
     if compared and findings.most_seeds > 1:
         fewest = min(len(r.against.seeds) for r in compared)
-        page.text(f"The p-value before correction is that of {compared[0].against.test}: with "
-                  f"{count(fewest, 'seed')} sign flips reach {least_p(fewest):.3g} at best, times "
-                  f"{len(compared)} for Holm's correction over {count(len(compared), 'comparison')}."
+        page.text(f"Holm's correction is over {count(len(compared), 'comparison')} and takes the p "
+                  f"of {compared[0].against.test}: with {count(fewest, 'seed')} sign flips reach "
+                  f"{least_p(fewest):.3g} at best."
                   " Effect g: mean difference over its standard deviation over seeds (Hedges). "
                   "Chosen frames: frame 3 and later, the first whose prediction depends on a "
                   "chosen query.")
     page.items([
-        f"better, worse: the {LEVEL:.0%} interval of the ratio's difference leaves out 0 and p "
+        f"better, worse: the {100 * LEVEL:.0f} % interval of the ratio's difference leaves out 0 and p "
         f"after Holm's correction is at most {ALPHA}; no detectable effect: otherwise",
         f"not enough data: fewer than {MIN_SEEDS} seeds finished in both experiments",
         f"collapsed features: cosine of {COLLAPSED} or more",
@@ -297,9 +307,10 @@ def sense(findings, result):
                      f"{number(abs(c.ratio.value))}"
                      + (f" (95 % interval {span(c.ratio, show=signed)})"
                         if np.isfinite(c.ratio.half) else "")
-                     + f", lower in {int((c.differences < 0).sum())} of "
-                     f"{count(len(c.seeds), 'seed')} and in {100 * c.clips_better:.0f} % of the "
-                     f"clips: {result.tags[0]}; its fine loss itself is {direction(c.loss)}.")
+                     + f", lower in {int((c.differences < 0).sum())} of {len(c.seeds)} "
+                     f"seed{'s' * (len(c.seeds) > 1)} and in {100 * c.clips_better:.0f} % of the "
+                     f"clips: {result.tags[0]}. Its fine loss is "
+                     f"{direction(c.loss, ('lower', 'higher'))}.")
     parts.append(f"Features of the two passes are {alike(result.cosine.value)} (cosine "
                  f"{number(result.cosine.value, 2)}"
                  + (f", {signed(c.cosine.value, 2)} from the baseline's" if c else "") + ").")

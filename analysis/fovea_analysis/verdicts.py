@@ -32,7 +32,7 @@ class Comparison:
     p_flip: float
     p: float = np.nan         # of `test`
     p_holm: float = np.nan
-    test: str = "t"           # "sign flips" where these can reach ALPHA after the correction
+    test: str = "Student's t"  # "sign flips" where these can reach ALPHA after the correction
 
 
 @dataclasses.dataclass
@@ -183,7 +183,7 @@ def correct(comparisons):
     reach = comparisons and all(
         len(comparisons) * least_p(len(c.seeds)) <= ALPHA for c in comparisons)
     for c in comparisons:
-        c.test = "sign flips" if reach else "t"
+        c.test = "sign flips" if reach else "Student's t"
         c.p = c.p_flip if reach else c.ratio.p()
     for c, p in zip(comparisons, holm([c.p for c in comparisons])):
         c.p_holm = p

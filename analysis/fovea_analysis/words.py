@@ -9,7 +9,10 @@ def number(value, digits=4):
 
 
 def signed(value, digits=4):
-    return f"{value:+.{digits}f}".replace("-", "−") if np.isfinite(value) else "-"
+    if not np.isfinite(value):
+        return "-"
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def span(e, digits=4, show=number):
