@@ -17,6 +17,16 @@ extern "C" {
 
 struct FvCudaBlock; /* operands.cu */
 
+/* A place through which an upload travels. */
+typedef struct FvStage {
+    void *host, *device;
+    size_t bytes;
+    cudaEvent_t arrived, taken; /* on the GPU; copied from there to its tensor */
+} FvStage;
+
+/* Stages: two steps' uploads; scratch blocks: doubling, more than any memory holds. */
+enum { FV_STAGES = 16, FV_SCRATCH_BLOCKS = 40 };
+
 typedef struct FvCuda {
     FvBackend base; /* first: a FvBackend * is a FvCuda * */
     int device;
@@ -25,10 +35,16 @@ typedef struct FvCuda {
     struct FvCudaBlock *blocks; /* bf16: what is kept in bfloat16 */
     FvOps checked;              /* bf16: the table `plain`, operations on floats behind a check */
     const FvOps *plain;
-    cudaStream_t stream;
+    cudaStream_t stream, copies; /* operations; transfers to the GPU beside them */
     cublasHandle_t blas;
-    void *scratch; /* one operation's workspace, grown outside graphs only */
-    size_t scratch_bytes;
+    void *blas_scratch;
+    void *scratch[FV_SCRATCH_BLOCKS]; /* one operation's workspace is the last of them */
+    size_t scratch_blocks, scratch_bytes;
+    FvStage stage[FV_STAGES];
+    size_t stages_used;
+    cudaEvent_t marks[FV_MARKS];
+    cudaGraphExec_t recording;
+    bool capturing;    /* between record() and recorded() */
     char failure[256]; /* the first since the last sync; "" when none */
 } FvCuda;
 
@@ -44,7 +60,8 @@ static inline size_t fv_cuda_aligned(size_t bytes) {
     return (bytes + 255) / 256 * 256;
 }
 
-/* Keeps the first failure; true when `code` is success. */
+/* Keeps the first failure; _ok: true when `code` is success. */
+bool fv_cuda_fail(FvCuda *, const char *what, const char *why); /* false */
 bool fv_cuda_ok(FvCuda *, cudaError_t code, const char *what);
 bool fv_cublas_ok(FvCuda *, cublasStatus_t code, const char *what);
 bool fv_cuda_fail(FvCuda *, const char *what, const char *why); /* false */

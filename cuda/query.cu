@@ -111,7 +111,8 @@ void fv_cuda_query(FvBackend *backend, const FvQuery *s, const real *q, const re
     if (!fv_are_floats(cuda, "query", q, k, v, probs))
         return;
     fv_with_elements(cuda, out, [&](auto *y) {
-        FV_LAUNCH(cuda, query_forward, (unsigned)(s->frames * s->heads), THREADS, 0, *s, q, k, v,
+        using T = FvElement<decltype(y)>;
+        FV_LAUNCH(cuda, query_forward<T>, (unsigned)(s->frames * s->heads), THREADS, 0, *s, q, k, v,
                   probs, y);
     });
 }

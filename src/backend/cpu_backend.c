@@ -95,6 +95,16 @@ static void cpu_zero(FvBackend *backend, void *dst, size_t bytes) {
         memset(dst, 0, bytes);
 }
 
+/* Operations have run when they return: every mark is reached when it is set. */
+static void cpu_mark(FvBackend *backend, size_t mark) {
+    (void)backend, (void)mark;
+}
+
+static bool cpu_reached(FvBackend *backend, size_t mark) {
+    (void)backend, (void)mark;
+    return true;
+}
+
 /* Reports a refused workspace once: the next job on this backend may be smaller. */
 static FvStatus cpu_sync(FvBackend *backend, FvError *err) {
     FvCpu *cpu = fv_cpu(backend);
@@ -106,6 +116,11 @@ static FvStatus cpu_sync(FvBackend *backend, FvError *err) {
                        "fewer --jobs-per-rank",
                        refused);
     return FV_OK;
+}
+
+static FvStatus cpu_wait(FvBackend *backend, size_t mark, FvError *err) {
+    (void)mark;
+    return cpu_sync(backend, err);
 }
 
 /* --- creation -------------------------------------------------------------------------------- */
@@ -132,6 +147,12 @@ static const FvOps cpu_ops = {
     .download = cpu_transfer,
     .zero = cpu_zero,
     .sync = cpu_sync,
+    .host_alloc = cpu_alloc,
+    .host_release = cpu_release,
+    .download_later = cpu_transfer,
+    .mark = cpu_mark,
+    .reached = cpu_reached,
+    .wait = cpu_wait,
     .copy = fv_cpu_copy,
     .add = fv_cpu_add,
     .copy_rows = fv_cpu_copy_rows,

@@ -52,8 +52,8 @@ struct FvDistill {
     real *crop_shares, *patch_shares; /* [2 I]: 1 / (2 I); [2 I masked]: 1 over their number */
     real *blank;                      /* [D]: zeros */
     int32_t *host_rows;
-    double *loss, *entropy, *norm; /* [rows], [2 I], [1] */
-    double student_temperature;    /* of the last forward pass */
+    double *loss, *entropy, *norm, *rates; /* [rows], [2 I], [2], [FV_RATES] */
+    double student_temperature;            /* of the last forward pass */
     double *host;
     real *dlogits, *dunit, *dprototypes, *da, *db, *dcls; /* scratch */
     void *block_weights, *block_train, *block_acts, *block_operands;
@@ -190,7 +190,8 @@ static void carve(FvDistill *d, FvArena *arena) {
     d->blank = fv_take(arena, c->width);
     d->loss = fv_take_bytes(arena, fv_mul(rows, sizeof(double)));
     d->entropy = fv_take_bytes(arena, fv_mul(d->teacher_out.rows, sizeof(double)));
-    d->norm = fv_take_bytes(arena, sizeof(double));
+    d->norm = fv_take_bytes(arena, 2 * sizeof(double));
+    d->rates = fv_take_bytes(arena, FV_RATES * sizeof(double));
     size_t wide = fv_mul(rows, c->head_width), out = fv_mul(rows, c->head_out);
     d->dlogits = fv_take(arena, fv_mul(rows, c->prototypes));
     d->dunit = fv_take(arena, out);
@@ -494,7 +495,10 @@ void fv_distill_norm(FvDistill *d) {
 }
 
 void fv_distill_update(FvDistill *d, const FvAdamW *adamw) {
-    fv_params_update(&d->params, d->be, adamw, d->norm);
+    double rates[FV_RATES];
+    fv_adamw_rates(adamw, rates);
+    d->be->ops->upload(d->be, d->rates, rates, sizeof rates);
+    fv_params_update(&d->params, d->be, adamw, d->rates, d->norm);
 }
 
 FvStatus fv_distill_measure(FvDistill *d, FvDistillMeasures *m, FvError *err) {

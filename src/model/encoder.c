@@ -273,6 +273,8 @@ void fv_encoder_backward(FvEncoder *e, FvBackend *be) {
                          w->v_b.g);
         ops->layernorm_back(be, rows, d, a->x, w->norm1_w.w, a->mean1, a->rstd1, e->dn, e->dx,
                             whole, w->norm1_w.g, w->norm1_b.g);
+        if (e->ready)
+            e->ready(e->ready_context, w->norm1_w.g);
     }
     ops->tokens_back(be, v->frames, patches, d, e->dx, e->dn, e->w->cls.g, e->pos.g);
     if (e->masked) {

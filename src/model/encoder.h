@@ -60,6 +60,9 @@ typedef struct FvEncoder {
     real *last, *features, *mean, *rstd; /* whole: x after the last block, LN_f of it */
     real *dfeatures;
     real *dx, *dn, *dq, *da, *df; /* scratch of the backward pass */
+    /* NULL, or told in the backward pass that the gradients from g on are final */
+    void (*ready)(void *context, const real *g);
+    void *ready_context;
 } FvEncoder;
 
 /* The tables with one entry per layer; FV_DEVICE when memory is out. */

@@ -282,5 +282,6 @@ void fv_lm_text_backward(FvModel *m) {
         if (inner)
             block_backward(m, s, l, s->dk[l], s->dv[l]);
         keys_backward(m, s, l, s->dk[l], s->dv[l], inner);
+        fv_ready_from(m, m->lm.layer[l].norm1.g);
     }
 }

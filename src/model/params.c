@@ -153,7 +153,8 @@ FvStatus fv_params_set(FvParams *table, FvBackend *be, const FvParam *p, FvBlock
 
 /* Trained parameters that are neighbours in the table are neighbours in all blocks: each run of
  * them is one call. */
-void fv_params_update(FvParams *table, FvBackend *be, const FvAdamW *adamw, const double *norm) {
+void fv_params_update(FvParams *table, FvBackend *be, const FvAdamW *adamw, const double *rates,
+                      const double *norm) {
     for (size_t i = 0; i < table->count;) {
         const FvParam *p = &table->list[i++];
         if (p->role != FV_TRAINED)
@@ -161,7 +162,7 @@ void fv_params_update(FvParams *table, FvBackend *be, const FvAdamW *adamw, cons
         size_t n = padded(p->count);
         while (i < table->count && table->list[i].role == FV_TRAINED)
             n += padded(table->list[i++].count);
-        be->ops->adamw(be, adamw, n, norm, table->g + p->slot, table->w + p->offset,
+        be->ops->adamw(be, adamw, rates, n, norm, table->g + p->slot, table->w + p->offset,
                        table->m + p->slot, table->v + p->slot);
     }
 }

@@ -113,8 +113,9 @@ typedef struct FvRows {
 typedef struct FvMetrics { /* doubles on the backend, in one block */
     double *block;
     size_t count;
-    double *loss[FV_PASSES], *cosine, *entropy[FV_PASSES], *hinge, *loss_copy, *loss_other, *norm;
-    double *dentropy[FV_PASSES]; /* behind the block: not measures */
+    double *loss[FV_PASSES], *cosine, *entropy[FV_PASSES], *hinge, *loss_copy, *loss_other;
+    double *norm;                        /* [2] */
+    double *dentropy[FV_PASSES], *rates; /* behind the block: not measures */
 } FvMetrics;
 
 struct FvModel {
@@ -135,9 +136,14 @@ struct FvModel {
     real *choosers; /* [clips * (T - 1), M] */
     real *dvisual, *dvisual_in, *dchoosers, *dchosen, *dz_coarse; /* scratch */
     void *block_weights, *block_train, *block_acts, *block_operands;
-    double *host_metrics;
-    real *host_probs; /* [F, dino_heads, N + 1] */
+    double *host_metrics[FV_MARKS]; /* a copy of the block each, of ops->host_alloc */
+    real *host_probs;               /* [F, dino_heads, N + 1] */
+    int32_t *host_rows;             /* [clips * (1 + max_text)]: lm.first and rows.tokens */
+    FvReady *ready;
+    void *ready_context;
 };
+
+void fv_ready_from(void *model, const real *g); /* tells FvModel.ready */
 
 static inline size_t fv_frames(const FvModel *m) {
     return m->c.clips * m->c.frames;

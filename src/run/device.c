@@ -5,6 +5,9 @@
 
 #ifdef FV_CUDA
 #include "cuda/cuda_backend.h"
+#ifdef FV_NCCL
+#include "cuda/collective.h"
+#endif
 
 static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvError *err) {
     char why[128];
@@ -20,9 +23,20 @@ static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvErr
     FV_TRY(fv_cuda_device(out->index, &gpu, err));
     out->gpu = true;
     out->memory = gpu.memory;
+    snprintf(out->bus, sizeof out->bus, "%s", gpu.bus);
     snprintf(out->text, sizeof out->text, "%s %s, %.0f GB", gpu.name, gpu.bus,
              (double)gpu.memory / 1e9);
     return FV_OK;
+}
+
+void fv_device_versions(char *out, size_t size) {
+    fv_cuda_version(out, size);
+    strncat(out, "\n", size - strlen(out) - 1);
+#ifdef FV_NCCL
+    size_t used = strlen(out);
+    fv_collective_version(out + used, size - used);
+    strncat(out, "\n", size - strlen(out) - 1);
+#endif
 }
 
 static FvStatus open_gpu(const FvDevice *device, bool bf16, FvBackend **out, FvError *err) {
@@ -36,6 +50,10 @@ static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvErr
                           "--device cuda: this build has no CUDA backend; use --device cpu, or "
                           "build where 'make info' finds the CUDA Toolkit")
                 : FV_OK;
+}
+
+void fv_device_versions(char *out, size_t size) {
+    snprintf(out, size, "%s", "");
 }
 
 static FvStatus open_gpu(const FvDevice *device, bool bf16, FvBackend **out, FvError *err) {

@@ -11,6 +11,7 @@ typedef struct FvDevice {
     size_t index;   /* among the GPUs that this process sees */
     size_t memory;  /* bytes, of a GPU */
     size_t threads; /* of the processor, for one job */
+    char bus[16];   /* of a GPU: "0000:1b:00.0" */
     char text[96];  /* "cpu, 2 threads", "NVIDIA H200 0000:1b:00.0, 141 GB" */
 } FvDevice;
 
@@ -18,6 +19,9 @@ typedef struct FvDevice {
  * turn; where the launcher shows each rank one GPU, that one. FV_DEVICE: "cuda" without a GPU. */
 FvStatus fv_device_choose(const char *wish, const FvWorld *, size_t threads, FvDevice *out,
                           FvError *err);
+
+/* Libraries of GPUs that the program is built with, a line each; "" without. */
+void fv_device_versions(char *out, size_t size);
 
 /* The precision key's value (auto, fp32 or bf16) on this device: auto is bf16 on a GPU and fp32 on
  * the processor. FV_USAGE: bf16 on the processor. */

@@ -209,6 +209,7 @@ void fixture_train(Fixture *f, size_t steps) {
         FvAdamW adamw = fixture_adamw(step);
         fixture_forward_and_back(f);
         fv_model_norm(f->model);
+        fv_model_rates(f->model, &adamw);
         fv_model_update(f->model, &adamw);
     }
 }

@@ -292,6 +292,7 @@ static void check_update(Fixture *f, const FvAdamW *adamw) {
             squares += (double)g.w[i][j] * (double)g.w[i][j];
     CLOSE(f->measures.norm, sqrt(squares), 0, "norm at step", adamw->step);
     double clip = fmin(1, adamw->clip_norm / (sqrt(squares) + 1e-6));
+    fv_model_rates(f->model, adamw);
     fv_model_update(f->model, adamw);
     Snapshot now = snapshot(f, FV_BLOCK_W);
     for (size_t i = 0; i < table->count; i++) {

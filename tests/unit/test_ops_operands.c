@@ -477,20 +477,24 @@ static void check_copy(Testing *t, const real *w) {
 static void products_follow_the_weights(void **state) {
     Testing *t = *state;
     const FvAdamW a = {0.1, 0.9, 0.999, 1e-8, 0.1, 1, 1};
-    const double norm = 1, bad = NAN;
+    double values[FV_RATES];
+    fv_adamw_rates(&a, values);
+    const double *rates = testing_doubles(t, FV_RATES, values);
+    const double *norm = testing_doubles(t, 2, (double[]){1, 0});
+    const double *bad = testing_doubles(t, 2, (double[]){NAN, 0});
     real *block = weights(t, 3 * COUNT, testing_random(t, 3 * COUNT, 1)), *w = block + COUNT;
     real *g = testing_random(t, COUNT, 1), *m = testing_filled(t, COUNT, 0);
     real *v = testing_filled(t, COUNT, 0), *before = testing_copy(t, 3 * COUNT, block);
     for (size_t i = 0; i < 3; i++)
         check_copy(t, block + i * COUNT);
-    t->ops->adamw(t->be, &a, COUNT, &norm, g, w, m, v);
+    t->ops->adamw(t->be, &a, rates, COUNT, norm, g, w, m, v);
     for (size_t i = 0; i < COUNT; i++) /* by about the rate: far more than a rounding */
         assert_true(fabs((double)w[i] - (double)before[COUNT + i]) > 0.05);
     testing_same("neighbour", COUNT, block, before);
     testing_same("neighbour", COUNT, block + 2 * COUNT, before + 2 * COUNT);
     for (size_t i = 0; i < 3; i++)
         check_copy(t, block + i * COUNT);
-    t->ops->adamw(t->be, &a, COUNT, &bad, g, w, m, v);
+    t->ops->adamw(t->be, &a, rates, COUNT, bad, g, w, m, v);
     check_copy(t, w);
     t->ops->upload(t->be, w, before, COUNT * sizeof *w);
     t->ops->weights_changed(t->be, COUNT, w);
