@@ -167,8 +167,8 @@ static size_t carve(Attention *t, char *base) {
 template <typename T> static void launch_copies(const Attention *t, const Copies<T> &copies) {
     size_t most = t->queries > t->values ? t->queries : t->values;
     if (copies.count > 0)
-        FV_LAUNCH(t->cuda, copy_operands<T>, dim3(fv_blocks(most, FV_BLOCK), copies.count),
-                  FV_BLOCK, 0, *t->a, copies);
+        FV_LAUNCH(t->cuda, copy_operands, dim3(fv_blocks(most, FV_BLOCK), copies.count), FV_BLOCK,
+                  0, *t->a, copies);
 }
 
 /* Puts in place of the tensors what products read instead of them. */

@@ -80,6 +80,14 @@ static void cuda_release(FvBackend *backend, void *p) {
     fv_cuda_ok(fv_cuda(backend), cudaFree(p), "freeing memory");
 }
 
+static size_t cuda_memory_left(FvBackend *backend) {
+    FvCuda *cuda = fv_cuda(backend);
+    size_t left = 0, whole;
+    if (fv_cuda_ok(cuda, cudaSetDevice(cuda->device), "choosing the GPU"))
+        fv_cuda_ok(cuda, cudaMemGetInfo(&left, &whole), "asking for free memory");
+    return left;
+}
+
 /* --- transfers ------------------------------------------------------------------------------- */
 
 static FvStatus cuda_host_alloc(FvBackend *backend, size_t bytes, void **out, FvError *err) {
@@ -183,6 +191,18 @@ static void cuda_copy(FvBackend *backend, size_t n, const real *x, real *y) {
 
 /* --- the queue ------------------------------------------------------------------------------- */
 
+/* One of the two may be what another backend of the device has allocated. */
+static void cuda_copy_operands(FvBackend *backend, size_t n, const real *x, real *y) {
+    FvCuda *cuda = fv_cuda(backend);
+    if (cuda->bf16 && !fv_cuda_is_operand(cuda, x) && !fv_cuda_is_operand(cuda, y))
+        fv_cuda_fail(cuda, "copy_operands", "was given no operand tensor");
+    else if (n > 0)
+        fv_cuda_ok(cuda,
+                   cudaMemcpyAsync(y, x, n * backend->operand_bytes, cudaMemcpyDeviceToDevice,
+                                   cuda->stream),
+                   "copying on the GPU");
+}
+
 static FvStatus report_failure(FvCuda *cuda, FvError *err) {
     if (!cuda->failure[0])
         return FV_OK;
@@ -268,10 +288,10 @@ static void cuda_destroy(FvBackend *backend) {
         cudaGraphExecDestroy(cuda->recording);
     if (cuda->blas)
         cublasDestroy(cuda->blas);
-    fv_cuda_forget(cuda, NULL);
     for (size_t i = 0; i < cuda->scratch_blocks; i++)
         cudaFree(cuda->scratch[i]);
     cudaFree(cuda->blas_scratch);
+    fv_cuda_forget(cuda, NULL);
     for (size_t i = 0; i < FV_STAGES; i++) {
         FvStage *s = &cuda->stage[i];
         cudaFreeHost(s->host);
@@ -298,6 +318,7 @@ static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .alloc_weights = fv_cuda_alloc_weights,
                                .weights_changed = fv_cuda_weights_changed,
                                .release = cuda_release,
+                               .memory_left = cuda_memory_left,
                                .upload = cuda_upload,
                                .download = cuda_download,
                                .zero = cuda_zero,
@@ -312,6 +333,7 @@ static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .recorded = cuda_recorded,
                                .replay = cuda_replay,
                                .copy = cuda_copy,
+                               .copy_operands = cuda_copy_operands,
                                FV_CUDA_OPS(FV_CUDA_ENTRY)};
 
 size_t fv_cuda_devices(char *why, size_t size) {
@@ -373,8 +395,8 @@ FvStatus fv_cuda_backend_create(const FvCudaOptions *options, FvBackend **out, F
     *cuda = (FvCuda){.base = {.ops = &cuda_ops,
                               .name = "cuda",
                               .on_host = options->managed,
-                              .operand_bytes = options->bf16 ? 2 : sizeof(real),
-                              .records = true},
+                              .records = true,
+                              .operand_bytes = options->bf16 ? 2 : sizeof(real)},
                      .device = (int)options->device,
                      .bf16 = options->bf16,
                      .managed = options->managed};

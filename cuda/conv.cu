@@ -110,11 +110,11 @@ static void unfold_rows(FvCuda *cuda, const FvConv *s, size_t first, size_t coun
                         void *col) {
     dim3 blocks(row_blocks(count)), threads(FV_WARP, ROWS);
     if (cuda->bf16)
-        FV_LAUNCH(cuda, unfold<__nv_bfloat16>, blocks, threads, 0, conv_of(s), first, count,
+        FV_LAUNCH(cuda, unfold, blocks, threads, 0, conv_of(s), first, count,
                   (const __nv_bfloat16 *)x, (__nv_bfloat16 *)col);
     else
-        FV_LAUNCH(cuda, unfold<float>, blocks, threads, 0, conv_of(s), first, count,
-                  (const float *)x, (float *)col);
+        FV_LAUNCH(cuda, unfold, blocks, threads, 0, conv_of(s), first, count, (const float *)x,
+                  (float *)col);
 }
 
 void fv_cuda_conv(FvBackend *backend, const FvConv *s, const real *x, const real *w,

@@ -30,9 +30,8 @@ void fv_cuda_patchify(FvBackend *backend, size_t frames, size_t size, size_t pat
     size_t grid = size / patch;
     FvCuda *cuda = fv_cuda(backend);
     fv_with_elements(cuda, out, [&](auto *patches) {
-        using T = FvElement<decltype(patches)>;
-        FV_LAUNCH(cuda, cut_patches<T>, (unsigned)(frames * grid * grid), FV_BLOCK, 0,
-                  (unsigned)grid, (unsigned)size, (unsigned)patch, pixels, patches);
+        FV_LAUNCH(cuda, cut_patches, (unsigned)(frames * grid * grid), FV_BLOCK, 0, (unsigned)grid,
+                  (unsigned)size, (unsigned)patch, pixels, patches);
     });
 }
 

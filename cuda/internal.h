@@ -15,8 +15,6 @@ extern "C" {
 
 #include "cuda/cuda_backend.h"
 
-struct FvCudaBlock; /* operands.cu */
-
 /* A place through which an upload travels. */
 typedef struct FvStage {
     void *host, *device;
@@ -26,6 +24,7 @@ typedef struct FvStage {
 
 /* Stages: two steps' uploads; scratch blocks: doubling, more than any memory holds. */
 enum { FV_STAGES = 16, FV_SCRATCH_BLOCKS = 40 };
+struct FvCudaBlock; /* operands.cu */
 
 typedef struct FvCuda {
     FvBackend base; /* first: a FvBackend * is a FvCuda * */
@@ -64,7 +63,6 @@ static inline size_t fv_cuda_aligned(size_t bytes) {
 bool fv_cuda_fail(FvCuda *, const char *what, const char *why); /* false */
 bool fv_cuda_ok(FvCuda *, cudaError_t code, const char *what);
 bool fv_cublas_ok(FvCuda *, cublasStatus_t code, const char *what);
-bool fv_cuda_fail(FvCuda *, const char *what, const char *why); /* false */
 
 /* One matrix product, row-major with row strides: c [m, n] = a b + beta c; a is stored [k, m] if
  * trans_a, b [n, k] if trans_b. */
@@ -82,6 +80,10 @@ void fv_cuda_gemm(FvCuda *, const FvGemm *, const void *a, const void *b, float 
  * multiples of 16 bytes where k is one of 8, and of 4 where it is even. */
 void fv_cuda_gemm_batch(FvCuda *, const FvGemm *, bool short_operands, bool short_result,
                         size_t count, void *const *a, void *const *b, void *const *c);
+
+/* `count` products as fv_cuda_gemm's whose operands lie at equal distances. */
+void fv_cuda_gemm_strided(FvCuda *, const FvGemm *, size_t count, const void *a, size_t a_stride,
+                          const void *b, size_t b_stride, float *c, size_t c_stride);
 
 /* --- operands.cu: in fp32 mode all is float, and these do nothing ------------------------------
  */
@@ -129,14 +131,14 @@ const void *fv_cuda_gradient(FvCuda *, size_t rows, size_t width, const float *d
     X(add) X(copy_rows) X(residual) X(residual_back)                                               \
     X(gelu_back) X(relu) X(relu_back) X(swiglu_back)                                               \
     X(layernorm_back) X(rmsnorm_back) X(rescale) X(rescale_back)                                   \
-    X(attention_back) X(query_back) X(rope) X(tokens) X(tokens_back) X(film) X(film_back)          \
+    X(attention_back) X(rope) X(tokens) X(tokens_back) X(film) X(film_back)                        \
     X(mse) X(mse_back) X(cosine) X(cosine_back) X(entropy) X(entropy_back) X(entropy_hinge)        \
     X(normalize) X(normalize_back) X(softmax) X(cross_entropy) X(cross_entropy_back) X(approach)   \
     X(norm) X(adamw)
 #define FV_CUDA_OPS(X)                                                                             \
     FV_CUDA_FLOAT_OPS(X)                                                                           \
-    X(linear) X(linear_back) X(gelu) X(swiglu) X(layernorm) X(rmsnorm)                             \
-    X(attention) X(query) X(patchify) X(conv) X(conv_back) X(first_nonfinite)
+    X(linear) X(linear_back) X(head_linear) X(head_linear_back)                                    \
+    X(gelu) X(swiglu) X(layernorm) X(rmsnorm) X(attention) X(query) X(query_back) X(patchify) X(conv) X(conv_back) X(first_nonfinite)
 /* clang-format on */
 #define FV_CUDA_PROTOTYPE(name) extern __typeof__(*((FvOps *)0)->name) fv_cuda_##name;
 FV_CUDA_OPS(FV_CUDA_PROTOTYPE)

@@ -4,7 +4,6 @@
 #define FV_CUDA_KERNEL_CUH
 
 #include <cuda_bf16.h>
-#include <type_traits>
 
 #include "cuda/internal.h"
 
@@ -52,9 +51,7 @@ static __device__ inline void fv_store(__nv_bfloat16 *y, float value) {
     *y = __float2bfloat16_rn(value);
 }
 
-template <typename Pointer> using FvElement = std::remove_pointer_t<Pointer>;
-
-/* call(x), with x a pointer to the type that its elements have. */
+/* call(x), with x of the type that its elements have. */
 template <typename Call> static void fv_with_elements(FvCuda *cuda, real *x, Call call) {
     if (fv_cuda_is_operand(cuda, x))
         call((__nv_bfloat16 *)x);

@@ -73,8 +73,7 @@ void fv_cuda_layernorm(FvBackend *backend, size_t rows, size_t width, double eps
     if (!fv_are_floats(cuda, "layernorm", x, gamma, beta, mean, rstd))
         return;
     fv_with_elements(cuda, y, [&](auto *out) {
-        using T = FvElement<decltype(out)>;
-        FV_LAUNCH(cuda, layernorm<T>, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width,
+        FV_LAUNCH(cuda, layernorm, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width,
                   (float)eps, x, gamma, beta, out, mean, rstd);
     });
 }
@@ -141,9 +140,8 @@ void fv_cuda_rmsnorm(FvBackend *backend, size_t rows, size_t width, double eps, 
     if (!fv_are_floats(cuda, "rmsnorm", x, gamma, rstd))
         return;
     fv_with_elements(cuda, y, [&](auto *out) {
-        using T = FvElement<decltype(out)>;
-        FV_LAUNCH(cuda, rmsnorm<T>, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width,
-                  (float)eps, x, gamma, out, rstd);
+        FV_LAUNCH(cuda, rmsnorm, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width, (float)eps,
+                  x, gamma, out, rstd);
     });
 }
 

@@ -125,8 +125,7 @@ void fv_cuda_gelu(FvBackend *backend, size_t n, const real *x, real *y) {
     if (!fv_are_floats(cuda, "gelu", x))
         return;
     fv_with_elements(cuda, y, [&](auto *out) {
-        using T = FvElement<decltype(out)>;
-        FV_LAUNCH(cuda, gelu<T>, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, x, out);
+        FV_LAUNCH(cuda, gelu, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, x, out);
     });
 }
 
@@ -179,8 +178,7 @@ void fv_cuda_swiglu(FvBackend *backend, size_t n, const real *gate, const real *
     if (!fv_are_floats(cuda, "swiglu", gate, up))
         return;
     fv_with_elements(cuda, y, [&](auto *out) {
-        using T = FvElement<decltype(out)>;
-        FV_LAUNCH(cuda, swiglu<T>, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, gate, up, out);
+        FV_LAUNCH(cuda, swiglu, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, gate, up, out);
     });
 }
 
