@@ -19,6 +19,9 @@ typedef struct FvCudaOptions {
 size_t fv_cuda_devices(char *why, size_t size);
 FvStatus fv_cuda_device(size_t index, FvCudaDevice *out, FvError *err);
 
+/* "CUDA 13.0, driver for 13.0, cuBLAS 13.1.0"; driver for 0.0: there is none */
+void fv_cuda_version(char *out, size_t size);
+
 /* One backend has one stream and serves one job at a time. */
 FvStatus fv_cuda_backend_create(const FvCudaOptions *, FvBackend **out, FvError *err);
 

@@ -37,8 +37,10 @@ static __global__ void root_of_sum(size_t parts, const double *part, double *nor
     for (size_t i = threadIdx.x; i < parts; i += blockDim.x)
         sum += part[i];
     sum = fv_block_sum(sum);
-    if (threadIdx.x == 0)
-        *norm = sqrt(sum);
+    if (threadIdx.x == 0) {
+        norm[0] = sqrt(sum);
+        norm[1] += 0 * norm[0]; /* NaN from the first bad one on */
+    }
 }
 
 void fv_cuda_norm(FvBackend *backend, size_t n, const real *x, double *norm) {
@@ -54,39 +56,41 @@ void fv_cuda_norm(FvBackend *backend, size_t n, const real *x, double *norm) {
 /* --- AdamW ----------------------------------------------------------------------------------- */
 
 typedef struct Update {
-    double clip_norm;
-    float beta1, beta2, rest1, rest2, decay, step, eps, correction; /* rest: 1 - beta */
+    double clip_norm, weight_decay;
+    float beta1, beta2, rest1, rest2, eps; /* rest: 1 - beta */
 } Update;
 
-static __global__ void update(Update u, size_t n, const double *norm, const float *g, float *p,
-                              float *m, float *v) {
-    if (!is_finite(*norm))
+/* copy: of p, rounded for products, or NULL */
+static __global__ void update(Update u, const double *rates, size_t n, const double *norm,
+                              const float *g, float *p, float *m, float *v, __nv_bfloat16 *copy) {
+    if (!is_finite(norm[0] + norm[1]))
         return;
-    double clip = u.clip_norm / (*norm + 1e-6);
-    float scale = (float)(clip < 1 ? clip : 1);
+    double clip = u.clip_norm / (norm[0] + 1e-6);
+    float scale = (float)(clip < 1 ? clip : 1), decay = (float)(1 - rates[0] * u.weight_decay);
+    float step = (float)(rates[0] / rates[1]), correction = (float)(1 / sqrt(rates[2]));
     for (size_t i = fv_thread(); i < n; i += grid_threads()) {
         float d = g[i] * scale;
         float mean = u.beta1 * m[i] + u.rest1 * d, square = u.beta2 * v[i] + u.rest2 * d * d;
         m[i] = mean;
         v[i] = square;
-        p[i] = p[i] * u.decay - u.step * mean / (sqrtf(square) * u.correction + u.eps);
+        p[i] = p[i] * decay - step * mean / (sqrtf(square) * correction + u.eps);
+        if (copy)
+            fv_store(copy + i, p[i]);
     }
 }
 
-void fv_cuda_adamw(FvBackend *backend, const FvAdamW *a, size_t n, const double *norm,
-                   const real *g, real *p, real *m, real *v) {
-    double step = (double)a->step;
+void fv_cuda_adamw(FvBackend *backend, const FvAdamW *a, const double *rates, size_t n,
+                   const double *norm, const real *g, real *p, real *m, real *v) {
     Update u;
     u.clip_norm = a->clip_norm;
+    u.weight_decay = a->weight_decay;
     u.beta1 = (float)a->beta1;
     u.beta2 = (float)a->beta2;
     u.rest1 = (float)(1 - a->beta1);
     u.rest2 = (float)(1 - a->beta2);
-    u.decay = (float)(1 - a->lr * a->weight_decay);
-    u.step = (float)(a->lr / (1 - pow(a->beta1, step)));
     u.eps = (float)a->eps;
-    u.correction = (float)(1 / sqrt(1 - pow(a->beta2, step)));
-    FV_LAUNCH(fv_cuda(backend), update, grid_blocks(n), FV_BLOCK, 0, u, n, norm, g, p, m, v);
+    FV_LAUNCH(fv_cuda(backend), update, grid_blocks(n), FV_BLOCK, 0, u, rates, n, norm, g, p, m, v,
+              (__nv_bfloat16 *)fv_cuda_copy_of(fv_cuda(backend), p));
 }
 
 /* --- values that are not finite -------------------------------------------------------------- */
@@ -117,7 +121,7 @@ static __global__ void largest(size_t parts, const Rest *part, Rest *out) {
 size_t fv_cuda_first_nonfinite(FvBackend *backend, size_t n, const real *x) {
     FvCuda *cuda = fv_cuda(backend);
     Rest rest = 0, *part = (Rest *)fv_cuda_workspace(cuda, (most_blocks + 1) * sizeof *part);
-    if (!part)
+    if (!part || !fv_are_floats(cuda, "first_nonfinite", x))
         return n;
     unsigned parts = grid_blocks(n);
     FV_LAUNCH(cuda, search_part, parts, FV_BLOCK, 0, n, x, part);

@@ -1,6 +1,7 @@
 /* The foveated query: one row of attention per frame and head, by one block. The block owns its
  * rows of probs, dk and dv, and its row of probs (ds in the backward pass) is also where the scores
- * are: a few kilobytes that stay in the cache, without a limit on the number of keys. */
+ * are: a few kilobytes that stay in the cache, without a limit on the number of keys. It computes
+ * in float in both modes; only `out` may be an operand tensor. */
 #include <math.h>
 #include <string.h>
 
@@ -26,8 +27,9 @@ static __device__ void dots(const FvQuery &s, float scale, const float *x, const
 
 /* y = scale * sum over keys of p[j] * rows[j]: each warp sums every WARPS-th key for 32 elements,
  * then the first warp adds up. */
+template <typename T>
 static __device__ void weighted_sum(const FvQuery &s, float scale, const float *p,
-                                    const float *rows, float *y) {
+                                    const float *rows, T *y) {
     __shared__ float part[WARPS][FV_WARP];
     size_t warp = threadIdx.x / FV_WARP, lane = threadIdx.x % FV_WARP;
     for (size_t i = lane; i - lane < s.width; i += FV_WARP) {
@@ -40,7 +42,7 @@ static __device__ void weighted_sum(const FvQuery &s, float scale, const float *
         if (warp == 0 && i < s.width) {
             for (size_t w = 1; w < WARPS; w++)
                 sum += part[w][lane];
-            y[i] = scale * sum;
+            fv_store(y + i, scale * sum);
         }
         __syncthreads(); /* part is free again */
     }
@@ -90,8 +92,9 @@ static __device__ void softmax(size_t keys, float *p) {
     __syncthreads();
 }
 
+template <typename T>
 static __global__ void query_forward(FvQuery s, const float *q, const float *k, const float *v,
-                                     float *probs, float *out) {
+                                     float *probs, T *out) {
     size_t n = blockIdx.x, frame = n / s.heads, head = n % s.heads;
     size_t at = (frame * s.keys * s.heads + head) * s.width; /* of k and v */
     float *p = probs + n * s.keys;
@@ -104,8 +107,13 @@ static __global__ void query_forward(FvQuery s, const float *q, const float *k, 
 
 void fv_cuda_query(FvBackend *backend, const FvQuery *s, const real *q, const real *k,
                    const real *v, real *probs, real *out) {
-    FV_LAUNCH(fv_cuda(backend), query_forward, (unsigned)(s->frames * s->heads), THREADS, 0, *s, q,
-              k, v, probs, out);
+    FvCuda *cuda = fv_cuda(backend);
+    if (!fv_are_floats(cuda, "query", q, k, v, probs))
+        return;
+    fv_with_elements(cuda, out, [&](auto *y) {
+        FV_LAUNCH(cuda, query_forward, (unsigned)(s->frames * s->heads), THREADS, 0, *s, q, k, v,
+                  probs, y);
+    });
 }
 
 /* dk[j] += scale * ds[j] * q; dv[j] += p[j] * dout. When dk is dv, both go to the same address:

@@ -11,6 +11,7 @@
 #include "backend/backend.h"
 #include "revision.h"
 #include "run/config.h"
+#include "run/device.h"
 #include "run/execute.h"
 #include "run/files.h"
 #include "run/hdf5_lock.h"
@@ -60,10 +61,11 @@ static void print_help(void) {
 }
 
 static void print_version(void) {
-    char mpi[128], hdf5[32];
+    char mpi[128], hdf5[32], gpu[192];
+    fv_device_versions(gpu, sizeof gpu);
     fv_mpi_version(mpi, sizeof mpi);
     fv_hdf5_version(hdf5, sizeof hdf5);
-    printf("fovea %s\n%s\nHDF5 %s\n%s\n", FV_REVISION, mpi, hdf5, fv_cpu_blas_name());
+    printf("fovea %s\n%s\nHDF5 %s\n%s\n%s", FV_REVISION, mpi, hdf5, fv_cpu_blas_name(), gpu);
 }
 
 /* world: NULL for commands that have no ranks */

@@ -7,12 +7,19 @@
  * they have run; sync() waits and reports what went wrong. Sums have a fixed order: the same call
  * gives the same bits, whatever the number of threads.
  *
+ * Tensors that only products read (an activation, the output of a norm or of attention) may be
+ * operand tensors, from alloc_operands: the backend keeps them in the type that its products read,
+ * whatever the pointer's, so nobody counts elements from the pointer and the host reads none. They
+ * are taken as y of gelu, swiglu, layernorm and rmsnorm, as out of attention, query and patchify,
+ * and as x of linear, linear_back, conv and conv_back. Any other operation on one is refused.
+ *
  * In every *_back: gradients of parameters (dw, dbias, dgamma, ...) are accumulated (+=) and may
  * be NULL, meaning frozen; gradients of activations are overwritten unless `add` is true or the
  * comment says "+=", and may be NULL where the comment says so. */
 #ifndef FV_BACKEND_BACKEND_H
 #define FV_BACKEND_BACKEND_H
 
+#include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -21,6 +28,8 @@
 #include "base/status.h"
 
 typedef struct FvBackend FvBackend;
+
+enum { FV_MARKS = 2 };
 
 /* Multi-head attention over packed rows: queries [batch, rows, heads * width], keys and values
  * [batch, keys, kv_heads * width]; head h reads key head h / (heads / kv_heads). */
@@ -56,16 +65,50 @@ typedef struct FvAdamW {
     size_t step;      /* 1 for the first update: bias correction */
 } FvAdamW;
 
+/* What changes from update to update lies in the backend's memory, so that recorded work reads
+ * each step's own: the learning rate and the bias corrections 1 - beta^step. */
+enum { FV_RATES = 3 };
+static inline void fv_adamw_rates(const FvAdamW *a, double rates[FV_RATES]) {
+    rates[0] = a->lr;
+    rates[1] = 1 - pow(a->beta1, (double)a->step);
+    rates[2] = 1 - pow(a->beta2, (double)a->step);
+}
+
 typedef struct FvOps {
     void (*destroy)(FvBackend *);
 
     /* --- memory; upload and download take host pointers ------------------------------------- */
     FvStatus (*alloc)(FvBackend *, size_t bytes, void **out, FvError *); /* zeroed, FV_ALIGN */
-    void (*release)(FvBackend *, void *);
+    /* zeroed memory for `count` elements of operand tensors, operand_bytes each, FV_ALIGN */
+    FvStatus (*alloc_operands)(FvBackend *, size_t count, void **out, FvError *);
+    /* the same for weights, of which products may read a copy: adamw keeps that up to date, who
+     * writes weights otherwise calls weights_changed for what was written, before they are used */
+    FvStatus (*alloc_weights)(FvBackend *, size_t count, void **out, FvError *);
+    void (*weights_changed)(FvBackend *, size_t count, const real *w);
+    void (*release)(FvBackend *, void *); /* what any of the three gave */
+    /* src may change at once; the transfer runs beside the operations called before it */
     void (*upload)(FvBackend *, void *dst, const void *src, size_t bytes);
     void (*download)(FvBackend *, void *dst, const void *src, size_t bytes); /* waits */
     void (*zero)(FvBackend *, void *dst, size_t bytes);
     FvStatus (*sync)(FvBackend *, FvError *);
+    /* Memory of the host that transfers reach fastest (pinned, on a GPU). */
+    FvStatus (*host_alloc)(FvBackend *, size_t bytes, void **out, FvError *); /* zeroed */
+    void (*host_release)(FvBackend *, void *);
+
+    /* --- the queue --------------------------------------------------------------------------- */
+    /* dst of host_alloc; holds the values once a mark behind this call is reached */
+    void (*download_later)(FvBackend *, void *dst, const void *src, size_t bytes);
+    /* Sets mark 0 .. FV_MARKS - 1 behind everything called so far. */
+    void (*mark)(FvBackend *, size_t mark);
+    bool (*reached)(FvBackend *, size_t mark);             /* true after a failure, too */
+    FvStatus (*wait)(FvBackend *, size_t mark, FvError *); /* until reached; reports like sync */
+    /* Where `records` is set: from record() to recorded(), operations are not run but recorded, in
+     * place of an earlier recording; replay() runs them as one, with the tensors' values of then.
+     * Between the two nothing may wait, transfer from or to the host, or need more workspace than
+     * the same operations did when they ran before. */
+    FvStatus (*record)(FvBackend *, FvError *);
+    FvStatus (*recorded)(FvBackend *, FvError *);
+    void (*replay)(FvBackend *);
 
     /* --- rows and elements ------------------------------------------------------------------ */
     void (*copy)(FvBackend *, size_t n, const real *x, real *y);
@@ -202,12 +245,14 @@ typedef struct FvOps {
     void (*approach)(FvBackend *, size_t n, double share, const real *x, real *y);
 
     /* --- optimizer -------------------------------------------------------------------------- */
-    /* *norm = square root of the sum of squares, in double */
+    /* norm[0] = square root of the sum of squares, in double; norm[1] += 0 * norm[0]: from the
+     * first norm on that is not finite it is NaN */
     void (*norm)(FvBackend *, size_t n, const real *x, double *norm);
-    /* AdamW as PyTorch's: p -= lr * weight_decay * p, then the bias-corrected step. norm points
-     * to the gradient norm in the backend's memory; a norm that is not finite changes nothing. */
-    void (*adamw)(FvBackend *, const FvAdamW *, size_t n, const double *norm, const real *g,
-                  real *p, real *m, real *v);
+    /* AdamW as PyTorch's: p -= lr * weight_decay * p, then the bias-corrected step. rates
+     * [FV_RATES] (lr and step of FvAdamW are not read) and norm [2] lie in the backend's memory;
+     * where either number of norm is not finite, nothing changes. */
+    void (*adamw)(FvBackend *, const FvAdamW *, const double *rates, size_t n, const double *norm,
+                  const real *g, real *p, real *m, real *v);
     /* index of the first element that is not finite, n if all are; waits */
     size_t (*first_nonfinite)(FvBackend *, size_t n, const real *x);
 } FvOps;
@@ -217,6 +262,8 @@ struct FvBackend {
     const char *name;     /* "cpu" */
     char description[96]; /* processor or GPU, as the tables print it */
     bool on_host;         /* the host may read and write its memory between operations */
+    bool records;         /* record(), recorded(), replay() are there */
+    size_t operand_bytes; /* of an element of an operand tensor */
 };
 
 /* Frees a backend of any kind; NULL is fine. What was allocated from it is released before. */

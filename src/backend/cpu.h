@@ -215,8 +215,8 @@ void fv_cpu_approach(FvBackend *, size_t n, double share, const real *x, real *y
 
 /* cpu_optimizer.c */
 void fv_cpu_norm(FvBackend *, size_t n, const real *x, double *norm);
-void fv_cpu_adamw(FvBackend *, const FvAdamW *, size_t n, const double *norm, const real *g,
-                  real *p, real *m, real *v);
+void fv_cpu_adamw(FvBackend *, const FvAdamW *, const double *rates, size_t n, const double *norm,
+                  const real *g, real *p, real *m, real *v);
 size_t fv_cpu_first_nonfinite(FvBackend *, size_t n, const real *x);
 
 #endif

@@ -69,6 +69,15 @@ static FvStatus cpu_alloc(FvBackend *backend, size_t bytes, void **out, FvError 
     return FV_OK;
 }
 
+/* Operand tensors and weights are floats like all others. */
+static FvStatus cpu_alloc_real(FvBackend *backend, size_t count, void **out, FvError *err) {
+    return cpu_alloc(backend, fv_mul(count, sizeof(real)), out, err);
+}
+
+static void cpu_weights_changed(FvBackend *backend, size_t count, const real *w) {
+    (void)backend, (void)count, (void)w;
+}
+
 static void cpu_release(FvBackend *backend, void *p) {
     (void)backend;
     free(p);
@@ -86,6 +95,16 @@ static void cpu_zero(FvBackend *backend, void *dst, size_t bytes) {
         memset(dst, 0, bytes);
 }
 
+/* Operations have run when they return: every mark is reached when it is set. */
+static void cpu_mark(FvBackend *backend, size_t mark) {
+    (void)backend, (void)mark;
+}
+
+static bool cpu_reached(FvBackend *backend, size_t mark) {
+    (void)backend, (void)mark;
+    return true;
+}
+
 /* Reports a refused workspace once: the next job on this backend may be smaller. */
 static FvStatus cpu_sync(FvBackend *backend, FvError *err) {
     FvCpu *cpu = fv_cpu(backend);
@@ -97,6 +116,11 @@ static FvStatus cpu_sync(FvBackend *backend, FvError *err) {
                        "fewer --jobs-per-rank",
                        refused);
     return FV_OK;
+}
+
+static FvStatus cpu_wait(FvBackend *backend, size_t mark, FvError *err) {
+    (void)mark;
+    return cpu_sync(backend, err);
 }
 
 /* --- creation -------------------------------------------------------------------------------- */
@@ -115,11 +139,20 @@ static void cpu_destroy(FvBackend *backend) {
 static const FvOps cpu_ops = {
     .destroy = cpu_destroy,
     .alloc = cpu_alloc,
+    .alloc_operands = cpu_alloc_real,
+    .alloc_weights = cpu_alloc_real,
+    .weights_changed = cpu_weights_changed,
     .release = cpu_release,
     .upload = cpu_transfer,
     .download = cpu_transfer,
     .zero = cpu_zero,
     .sync = cpu_sync,
+    .host_alloc = cpu_alloc,
+    .host_release = cpu_release,
+    .download_later = cpu_transfer,
+    .mark = cpu_mark,
+    .reached = cpu_reached,
+    .wait = cpu_wait,
     .copy = fv_cpu_copy,
     .add = fv_cpu_add,
     .copy_rows = fv_cpu_copy_rows,
@@ -213,6 +246,7 @@ FvStatus fv_cpu_backend_create(size_t threads, FvBackend **out, FvError *err) {
     cpu->base.ops = &cpu_ops;
     cpu->base.name = "cpu";
     cpu->base.on_host = true;
+    cpu->base.operand_bytes = sizeof(real);
     cpu->own = own;
     fill_pixel_table(cpu);
     char name[64];

@@ -36,14 +36,15 @@ static void norm_tile(void *arg, size_t tile, size_t thread) {
 void fv_cpu_norm(FvBackend *backend, size_t n, const real *x, double *norm) {
     FvCpu *cpu = fv_cpu(backend);
     size_t tiles = fv_ceil_div(n, CHUNK);
-    *norm = 0;
+    norm[0] = 0;
     if (!fv_cpu_workspace(cpu, 0, fv_mul(tiles, sizeof(double))))
         return;
     Update t = {.n = n, .g = x, .part = cpu->shared.data};
     fv_cpu_run(cpu, tiles, 0.2 * (double)n, norm_tile, &t);
     for (size_t i = 0; i < tiles; i++)
-        *norm += t.part[i];
-    *norm = sqrt(*norm);
+        norm[0] += t.part[i];
+    norm[0] = sqrt(norm[0]);
+    norm[1] += 0 * norm[0];
 }
 
 FV_SIMD static void adamw_range(const Update *t, size_t n, const real *restrict g, real *restrict p,
@@ -66,11 +67,11 @@ static void adamw_tile(void *arg, size_t tile, size_t thread) {
     adamw_range(t, chunk_length(t->n, tile), t->g + at, t->p + at, t->m + at, t->v + at);
 }
 
-void fv_cpu_adamw(FvBackend *backend, const FvAdamW *a, size_t n, const double *norm, const real *g,
-                  real *p, real *m, real *v) {
-    if (!isfinite(*norm))
+void fv_cpu_adamw(FvBackend *backend, const FvAdamW *a, const double *rates, size_t n,
+                  const double *norm, const real *g, real *p, real *m, real *v) {
+    if (!isfinite(norm[0] + norm[1]))
         return;
-    double clip = a->clip_norm / (*norm + 1e-6), step = (double)a->step;
+    double clip = a->clip_norm / (norm[0] + 1e-6);
     Update t = {.n = n,
                 .g = g,
                 .p = p,
@@ -81,10 +82,10 @@ void fv_cpu_adamw(FvBackend *backend, const FvAdamW *a, size_t n, const double *
                 .beta2 = (real)a->beta2,
                 .rest1 = (real)(1 - a->beta1),
                 .rest2 = (real)(1 - a->beta2),
-                .decay = (real)(1 - a->lr * a->weight_decay),
-                .step = (real)(a->lr / (1 - pow(a->beta1, step))),
+                .decay = (real)(1 - rates[0] * a->weight_decay),
+                .step = (real)(rates[0] / rates[1]),
                 .eps = (real)a->eps,
-                .correction = (real)(1 / sqrt(1 - pow(a->beta2, step)))};
+                .correction = (real)(1 / sqrt(rates[2]))};
     fv_cpu_run(fv_cpu(backend), fv_ceil_div(n, CHUNK), 1.5 * (double)n, adamw_tile, &t);
 }
 

@@ -110,19 +110,19 @@ void fv_encoder_free(FvEncoder *e) {
 void fv_block_carve(const FvVit *v, FvArena *arena, FvBlockActs *a, size_t rows, size_t probs) {
     size_t wide = fv_mul(rows, v->width), mlp = fv_mul(rows, v->mlp);
     a->x = fv_take(arena, wide);
-    a->n1 = fv_take(arena, wide);
+    a->n1 = fv_take_operand(arena, wide);
     a->mean1 = fv_take(arena, rows);
     a->rstd1 = fv_take(arena, rows);
     a->q = fv_take(arena, wide);
     a->probs = fv_take(arena, probs);
-    a->att = fv_take(arena, wide);
+    a->att = fv_take_operand(arena, wide);
     a->o = fv_take(arena, wide);
     a->mid = fv_take(arena, wide);
-    a->n2 = fv_take(arena, wide);
+    a->n2 = fv_take_operand(arena, wide);
     a->mean2 = fv_take(arena, rows);
     a->rstd2 = fv_take(arena, rows);
     a->f1 = fv_take(arena, mlp);
-    a->f2 = fv_take(arena, mlp);
+    a->f2 = fv_take_operand(arena, mlp);
     a->m = fv_take(arena, wide);
 }
 
@@ -131,7 +131,7 @@ void fv_encoder_carve(FvEncoder *e, FvArena *arena) {
     size_t tokens = fv_vit_tokens(v), rows = rows_of(e), wide = fv_mul(rows, v->width);
     size_t probs = fv_mul4(v->frames, v->heads, tokens, tokens);
     size_t patches = fv_mul(v->frames, fv_vit_patches(v));
-    e->patches = fv_take(arena, fv_mul4(patches, 3, v->patch, v->patch));
+    e->patches = fv_take_operand(arena, fv_mul4(patches, 3, v->patch, v->patch));
     e->embedded = fv_take(arena, fv_mul(patches, v->width));
     for (size_t l = 0; l < v->layers; l++) {
         /* a frozen encoder keeps nothing but its keys and values: the layers share one set */
@@ -273,6 +273,8 @@ void fv_encoder_backward(FvEncoder *e, FvBackend *be) {
                          w->v_b.g);
         ops->layernorm_back(be, rows, d, a->x, w->norm1_w.w, a->mean1, a->rstd1, e->dn, e->dx,
                             whole, w->norm1_w.g, w->norm1_b.g);
+        if (e->ready)
+            e->ready(e->ready_context, w->norm1_w.g);
     }
     ops->tokens_back(be, v->frames, patches, d, e->dx, e->dn, e->w->cls.g, e->pos.g);
     if (e->masked) {

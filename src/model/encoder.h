@@ -36,7 +36,8 @@ typedef struct FvEncoderWeights {
 } FvEncoderWeights;
 
 /* What one block keeps of `rows` tokens for its backward pass. x is the block's input; out is the
- * next block's x. k, v and probs as the kind of attention needs them. */
+ * next block's x. k, v and probs as the kind of attention needs them. n1, att, n2 and f2 are
+ * operand tensors, as is `patches` below. */
 typedef struct FvBlockActs {
     real *x, *n1, *mean1, *rstd1, *q, *probs, *att, *o, *mid, *n2, *mean2, *rstd2, *f1, *f2, *m;
 } FvBlockActs;
@@ -59,6 +60,9 @@ typedef struct FvEncoder {
     real *last, *features, *mean, *rstd; /* whole: x after the last block, LN_f of it */
     real *dfeatures;
     real *dx, *dn, *dq, *da, *df; /* scratch of the backward pass */
+    /* NULL, or told in the backward pass that the gradients from g on are final */
+    void (*ready)(void *context, const real *g);
+    void *ready_context;
 } FvEncoder;
 
 /* The tables with one entry per layer; FV_DEVICE when memory is out. */

@@ -58,21 +58,21 @@ void fv_head_carve(FvModel *m, FvArena *arena) {
     h->targets = fv_take(arena, fv_mul(at, FV_LATENT_CHANNELS));
     h->previous = fv_take(arena, fv_mul(at, FV_LATENT_CHANNELS));
     h->c1 = fv_take(arena, fv_mul(at, c));
-    h->g1 = fv_take(arena, fv_mul(at, c));
+    h->g1 = fv_take_operand(arena, fv_mul(at, c));
     h->c2 = fv_take(arena, fv_mul3(at, 2, c));
-    h->g2 = fv_take(arena, fv_mul3(at, 2, c));
+    h->g2 = fv_take_operand(arena, fv_mul3(at, 2, c));
     h->base = fv_take(arena, fv_mul3(at, 4, c));
     for (int p = 0; p < FV_PASSES; p++) {
         FvHeadPass *pass = &h->pass[p];
         pass->hidden = fv_take(arena, fv_mul(frames, m->c.lm_width));
         pass->film_in = fv_take(arena, fv_mul(frames, m->c.film_width));
-        pass->film_mid = fv_take(arena, fv_mul(frames, m->c.film_width));
+        pass->film_mid = fv_take_operand(arena, fv_mul(frames, m->c.film_width));
         pass->gb = fv_take(arena, fv_mul3(frames, 8, c));
         pass->mixed = fv_take(arena, fv_mul3(at, 4, c));
         pass->c4 = fv_take(arena, fv_mul3(at, 2, c));
-        pass->g4 = fv_take(arena, fv_mul3(at, 2, c));
+        pass->g4 = fv_take_operand(arena, fv_mul3(at, 2, c));
         pass->c5 = fv_take(arena, fv_mul(at, c));
-        pass->g5 = fv_take(arena, fv_mul(at, c));
+        pass->g5 = fv_take_operand(arena, fv_mul(at, c));
         pass->prediction = fv_take(arena, fv_mul(at, FV_LATENT_CHANNELS));
     }
     h->dhidden = fv_take(arena, fv_mul(frames, m->c.lm_width));

@@ -59,7 +59,7 @@ static void carve_acts(FvModel *m, FvArena *arena, FvLmActs *a, size_t rows, siz
     size_t clips = c->clips, n = fv_mul(clips, rows), wide = fv_mul(n, c->lm_width);
     size_t mlp = fv_mul(n, c->lm_mlp), kv = fv_mul(n, kv_width(m));
     a->x = fv_take(arena, wide);
-    a->n1 = fv_take(arena, wide);
+    a->n1 = fv_take_operand(arena, wide);
     a->rstd1 = fv_take(arena, n);
     a->q = fv_take(arena, wide);
     a->own_k = fv_take(arena, kv);
@@ -72,14 +72,14 @@ static void carve_acts(FvModel *m, FvArena *arena, FvLmActs *a, size_t rows, siz
         a->v = fv_take(arena, fv_mul3(clips, keys, kv_width(m)));
     }
     a->probs = fv_take(arena, fv_mul4(clips, c->lm_heads, rows, keys));
-    a->att = fv_take(arena, wide);
+    a->att = fv_take_operand(arena, wide);
     a->o = fv_take(arena, wide);
     a->mid = fv_take(arena, wide);
-    a->n2 = fv_take(arena, wide);
+    a->n2 = fv_take_operand(arena, wide);
     a->rstd2 = fv_take(arena, n);
     a->gate = fv_take(arena, mlp);
     a->up = fv_take(arena, mlp);
-    a->act = fv_take(arena, mlp);
+    a->act = fv_take_operand(arena, mlp);
     a->m = fv_take(arena, wide);
 }
 
@@ -282,5 +282,6 @@ void fv_lm_text_backward(FvModel *m) {
         if (inner)
             block_backward(m, s, l, s->dk[l], s->dv[l]);
         keys_backward(m, s, l, s->dk[l], s->dv[l], inner);
+        fv_ready_from(m, m->lm.layer[l].norm1.g);
     }
 }

@@ -12,8 +12,9 @@ static const double hinge_weight = 0.1;
 
 /* --- building ------------------------------------------------------------------------------- */
 
-/* Registers every parameter in the order in which the blocks hold them: what can be frozen or
- * unused stands together, so that the trained ones form few runs. */
+/* Registers every parameter in the order in which the blocks hold them, that of the forward pass:
+ * what can be frozen or unused stands together, so that the trained ones form few runs, and the
+ * backward pass is done with their gradients from the end on. */
 static void declare_params(FvModel *m, FvParams *table) {
     const FvModelConfig *c = &m->c;
     size_t d = c->dino_width, w = c->lm_width, q = c->query_width;
@@ -22,9 +23,9 @@ static void declare_params(FvModel *m, FvParams *table) {
     FvRole encoder = c->vision && c->freeze_dino ? FV_FROZEN : visual;
     double in = 1.0 / sqrt((double)d), out = 1.0 / sqrt((double)w);
     fv_encoder_params(&m->encoder_weights, &m->encoder.v, encoder, false, "dino.", table);
-    fv_lm_params(m, table);
     fv_params_add(table, &m->no_text, c->captions ? FV_UNUSED : FV_TRAINED, FV_INIT_NORMAL, 0.14,
                   "no_text", (size_t[]){w, 0}, false);
+    fv_lm_params(m, table);
     fv_query_params(m, table);
     fv_params_add(table, &m->to_lm_w, visual, FV_INIT_UNIFORM, in, "dino_to_lm.weight",
                   (size_t[]){w, d, 0}, false);
@@ -44,8 +45,9 @@ static void declare_params(FvModel *m, FvParams *table) {
 static void carve_metrics(FvModel *m, FvArena *arena) {
     FvMetrics *t = &m->metrics;
     size_t frames = fv_frames(m), clips = m->c.clips;
-    t->count = 7 * frames + clips + 1;
-    t->block = fv_take_bytes(arena, fv_mul(fv_add(t->count, 2 * frames), sizeof(double)));
+    t->count = 7 * frames + clips + 2;
+    t->block =
+        fv_take_bytes(arena, fv_mul(fv_add(t->count, 2 * frames + FV_RATES), sizeof(double)));
     if (!t->block)
         return;
     double *next = t->block;
@@ -56,8 +58,9 @@ static void carve_metrics(FvModel *m, FvArena *arena) {
         *per_frame[i] = next;
     t->hinge = next;
     t->norm = next + clips;
-    t->dentropy[FV_COARSE] = t->norm + 1;
+    t->dentropy[FV_COARSE] = t->norm + 2;
     t->dentropy[FV_FINE] = t->dentropy[FV_COARSE] + frames;
+    t->rates = t->dentropy[FV_FINE] + frames;
 }
 
 static int32_t *take_rows(FvArena *arena, size_t count) {
@@ -167,6 +170,7 @@ static FvStatus prepare(const FvModelConfig *config, FvModel **out, FvModelMemor
         .gradients = fv_mul(m->params.trained_memory, sizeof(real)),
         .moments = fv_mul3(m->params.trained_memory, 2, sizeof(real)),
         .activations = measure.used,
+        .operands = fv_mul(measure.operands_used, sizeof(real)),
     };
     *out = m;
     return FV_OK;
@@ -224,14 +228,20 @@ FvStatus fv_model_create(const FvModelConfig *config, FvBackend *be, FvModel **o
     FvModelMemory memory;
     FV_TRY(prepare(config, &m, &memory, err));
     m->be = be;
-    FvStatus status = be->ops->alloc(be, memory.weights, &m->block_weights, err);
+    FvStatus status = be->ops->alloc_weights(be, m->params.memory, &m->block_weights, err);
     if (status == FV_OK)
         status = be->ops->alloc(be, fv_add(memory.gradients, memory.moments), &m->block_train, err);
     if (status == FV_OK)
         status = be->ops->alloc(be, memory.activations, &m->block_acts, err);
-    m->host_metrics = calloc(m->metrics.count, sizeof(double));
+    if (status == FV_OK)
+        status =
+            be->ops->alloc_operands(be, memory.operands / sizeof(real), &m->block_operands, err);
+    for (int i = 0; status == FV_OK && i < FV_MARKS; i++)
+        status = be->ops->host_alloc(be, fv_mul(m->metrics.count, sizeof(double)),
+                                     (void **)&m->host_metrics[i], err);
     m->host_probs = calloc(fv_mul3(fv_frames(m), m->c.dino_heads, fv_keys(m)), sizeof(real));
-    if (status == FV_OK && (!m->host_metrics || !m->host_probs))
+    m->host_rows = calloc(fv_mul(m->c.clips, 1 + m->c.max_text), sizeof(int32_t));
+    if (status == FV_OK && (!m->host_rows || !m->host_probs))
         status = FV_FAIL(err, FV_DEVICE, "out of memory for measures");
     if (status != FV_OK) {
         fv_model_destroy(m);
@@ -241,7 +251,8 @@ FvStatus fv_model_create(const FvModelConfig *config, FvBackend *be, FvModel **o
     size_t n = m->params.trained_memory;
     fv_params_bind(&m->params, m->block_weights, g, g + n, g + 2 * n);
     m->encoder.pos = m->encoder_weights.pos;
-    FvArena arena = {.base = m->block_acts};
+    FvArena arena = {
+        .base = m->block_acts, .operands = m->block_operands, .operand_bytes = be->operand_bytes};
     carve(m, &arena);
     upload_indices(m);
     *out = m;
@@ -251,12 +262,15 @@ FvStatus fv_model_create(const FvModelConfig *config, FvBackend *be, FvModel **o
 void fv_model_destroy(FvModel *m) {
     if (!m)
         return;
-    void *blocks[] = {m->block_weights, m->block_train, m->block_acts};
-    for (size_t i = 0; i < 3; i++)
+    void *blocks[] = {m->block_weights, m->block_train, m->block_acts, m->block_operands};
+    for (size_t i = 0; i < 4; i++)
         if (blocks[i])
             m->be->ops->release(m->be, blocks[i]);
-    free(m->host_metrics);
+    for (int i = 0; i < FV_MARKS; i++)
+        if (m->host_metrics[i])
+            m->be->ops->host_release(m->be, m->host_metrics[i]);
     free(m->host_probs);
+    free(m->host_rows);
     fv_params_free(&m->params);
     free_layers(m);
     free(m);
@@ -268,18 +282,22 @@ FvParams *fv_model_params(FvModel *m) {
 
 /* --- forward -------------------------------------------------------------------------------- */
 
-/* The text rows: token embeddings, right-aligned, or the one learned vector. */
+/* Which rows of the texts are padding, and their tokens, right-aligned; without captions the one
+ * learned vector stands in all rows of every clip. */
 static void load_text(FvModel *m, const FvBatch *batch) {
     const FvOps *ops = m->be->ops;
     size_t clips = m->c.clips, text = m->c.max_text;
+    int32_t *first = m->host_rows, *tokens = first + clips;
+    if (!m->c.captions)
+        return;
     for (size_t b = 0; b < clips; b++) {
-        size_t count = m->c.captions ? (size_t)batch->token_count[b] : text;
-        upload_rows(m, m->lm.first, b, text - count);
-        for (size_t r = 0; m->c.captions && r < text; r++) {
-            int32_t token = r + count < text ? -1 : batch->tokens[b * text + r + count - text];
-            ops->upload(m->be, m->rows.tokens + b * text + r, &token, sizeof token);
-        }
+        size_t count = (size_t)batch->token_count[b], padding = text - count;
+        first[b] = (int32_t)padding;
+        for (size_t r = 0; r < text; r++)
+            tokens[b * text + r] = r < padding ? -1 : batch->tokens[b * text + r - padding];
     }
+    ops->upload(m->be, m->lm.first, first, clips * sizeof *first);
+    ops->upload(m->be, m->rows.tokens, tokens, clips * text * sizeof *tokens);
 }
 
 void fv_model_load(FvModel *m, const FvBatch *batch) {
@@ -420,11 +438,16 @@ void fv_model_keep_last(FvModel *m) {
         m->be->ops->copy(m->be, one, m->bank + m->c.clips * one, m->bank);
 }
 
-FvStatus fv_model_measure(FvModel *m, FvMeasures *out, FvError *err) {
+void fv_model_measure_later(FvModel *m, size_t mark) {
     const FvMetrics *t = &m->metrics;
-    double *host = m->host_metrics;
-    m->be->ops->download(m->be, host, t->block, t->count * sizeof *host);
-    FV_TRY(m->be->ops->sync(m->be, err));
+    m->be->ops->download_later(m->be, m->host_metrics[mark], t->block, t->count * sizeof *t->block);
+    m->be->ops->mark(m->be, mark);
+}
+
+FvStatus fv_model_measured(FvModel *m, size_t mark, FvMeasures *out, FvError *err) {
+    const FvMetrics *t = &m->metrics;
+    double *host = m->host_metrics[mark];
+    FV_TRY(m->be->ops->wait(m->be, mark, err));
     *out = (FvMeasures){
         .loss = {host + (t->loss[FV_COARSE] - t->block), host + (t->loss[FV_FINE] - t->block)},
         .cosine = host + (t->cosine - t->block),
@@ -442,6 +465,11 @@ FvStatus fv_model_measure(FvModel *m, FvMeasures *out, FvError *err) {
                 host[(t->cosine - t->block) + (ptrdiff_t)f] = NAN;
             }
     return FV_OK;
+}
+
+FvStatus fv_model_measure(FvModel *m, FvMeasures *out, FvError *err) {
+    fv_model_measure_later(m, 0);
+    return fv_model_measured(m, 0, out, err);
 }
 
 void fv_model_attention(FvModel *m, FvPass pass, double *out) {
@@ -518,18 +546,34 @@ static void pass_back(FvModel *m, FvPass pass) {
                        m->rows.zeros, true);
 }
 
+void fv_model_on_ready(FvModel *m, FvReady *ready, void *context) {
+    m->ready = ready;
+    m->ready_context = context;
+    m->encoder.ready = fv_ready_from;
+    m->encoder.ready_context = m;
+}
+
+/* From the gradient g on (NULL: frozen or unused) to the end of params->g, all is final. */
+void fv_ready_from(void *model, const real *g) {
+    const FvModel *m = model;
+    if (m->ready && g)
+        m->ready(m->ready_context, (size_t)(g - m->params.g));
+}
+
 void fv_model_backward(FvModel *m) {
     const FvOps *ops = m->be->ops;
     size_t text = m->c.clips * m->c.max_text, w = m->c.lm_width;
     ops->zero(m->be, m->params.g, m->params.trained_memory * sizeof(real));
     pass_back(m, FV_FINE);
     pass_back(m, FV_COARSE);
+    fv_head_finish_backward(m);
+    fv_ready_from(m, m->lm.norm.g);
     fv_lm_text_backward(m);
     if (!m->c.captions)
         ops->copy_rows(m->be, text, w, m->lm.dx, NULL, m->no_text.g, m->rows.zeros, true);
     else if (m->lm.embed.g)
         ops->copy_rows(m->be, text, w, m->lm.dx, NULL, m->lm.embed.g, m->rows.tokens, true);
-    fv_head_finish_backward(m);
+    fv_ready_from(m, m->c.captions ? m->lm.embed.g : m->no_text.g);
     if (m->encoder.trained)
         fv_encoder_backward(&m->encoder, m->be);
 }
@@ -538,8 +582,14 @@ void fv_model_norm(FvModel *m) {
     m->be->ops->norm(m->be, m->params.trained_memory, m->params.g, m->metrics.norm);
 }
 
+void fv_model_rates(FvModel *m, const FvAdamW *adamw) {
+    double rates[FV_RATES];
+    fv_adamw_rates(adamw, rates);
+    m->be->ops->upload(m->be, m->metrics.rates, rates, sizeof rates);
+}
+
 void fv_model_update(FvModel *m, const FvAdamW *adamw) {
-    fv_params_update(&m->params, m->be, adamw, m->metrics.norm);
+    fv_params_update(&m->params, m->be, adamw, m->metrics.rates, m->metrics.norm);
 }
 
 /* --- trouble -------------------------------------------------------------------------------- */

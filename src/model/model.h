@@ -2,8 +2,9 @@
  * a coarse and a fine pass, their losses, and exact gradients through both (SPEC of the study).
  *
  * A training step, see run/train.c:
- *     fv_model_load, fv_model_encode, fv_model_coarse, fv_model_fine, fv_model_backward,
- *     average params->g over the ranks, fv_model_measure, fv_model_update */
+ *     fv_model_load, fv_model_rates, fv_model_encode, fv_model_coarse, fv_model_fine,
+ *     fv_model_backward, average params->g over the ranks, fv_model_norm, fv_model_update,
+ *     fv_model_measure */
 #ifndef FV_MODEL_MODEL_H
 #define FV_MODEL_MODEL_H
 
@@ -18,8 +19,9 @@ typedef struct FvModel FvModel;
 
 typedef enum FvPass { FV_COARSE, FV_FINE, FV_PASSES } FvPass;
 
-typedef struct FvModelMemory { /* bytes */
+typedef struct FvModelMemory { /* bytes, all in `real` */
     size_t weights, gradients, moments, activations;
+    size_t operands; /* activations that products alone read: see alloc_operands */
 } FvModelMemory;
 
 /* What fv_model_create will allocate, and the counts; allocates nothing that lasts. */
@@ -29,7 +31,8 @@ FvStatus fv_model_plan(const FvModelConfig *, FvModelMemory *, size_t *parameter
 /* The parameter table alone, for listing; fv_params_free it. */
 FvStatus fv_model_declare(const FvModelConfig *, FvParams *out, FvError *);
 
-/* Three allocations: weights; gradients and moments; activations. Nothing is allocated later. */
+/* Four allocations: weights; gradients and moments; activations; operand tensors. Nothing is
+ * allocated later. */
 FvStatus fv_model_create(const FvModelConfig *, FvBackend *, FvModel **out, FvError *);
 void fv_model_destroy(FvModel *);
 
@@ -57,6 +60,11 @@ void fv_model_keep_last(FvModel *);
  * rank's clips) for every trained parameter, into params->g. */
 void fv_model_backward(FvModel *);
 
+/* Called during the backward pass: the gradients from params->g + from to the end are final once
+ * the operations called so far have run. `from` falls; what is left at the end is not told. */
+typedef void FvReady(void *context, size_t from);
+void fv_model_on_ready(FvModel *, FvReady *, void *context);
+
 /* Measures of this rank's clips, per clip and frame [clips * frames], on the host. Valid until
  * the next call of fv_model_measure. */
 typedef struct FvMeasures {
@@ -68,9 +76,16 @@ typedef struct FvMeasures {
 } FvMeasures;
 
 FvStatus fv_model_measure(FvModel *, FvMeasures *, FvError *);
+/* The same in two calls, so that the next step may be under way when this one's measures are
+ * read: both calls name the same mark of the backend. fv_model_measure uses mark 0. */
+void fv_model_measure_later(FvModel *, size_t mark);
+FvStatus fv_model_measured(FvModel *, size_t mark, FvMeasures *, FvError *);
 
-/* Norm of params->g, to be read by fv_model_measure and fv_model_update. */
+/* Norm of params->g, to be read by fv_model_measure and fv_model_update. After one that is not
+ * finite no update changes anything. */
 void fv_model_norm(FvModel *);
+/* Learning rate and step of the updates called after it. */
+void fv_model_rates(FvModel *, const FvAdamW *);
 void fv_model_update(FvModel *, const FvAdamW *);
 
 /* Attention of a pass at the last layer, mean over heads: out [clips * frames, 1 + N], CLS first,

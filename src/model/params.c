@@ -136,6 +136,8 @@ FvStatus fv_params_set(FvParams *table, FvBackend *be, const FvParam *p, FvBlock
     real *to = block_of(table, p, block);
     if (!p->channels_last) {
         be->ops->upload(be, to, values, p->count * sizeof(real));
+        if (block == FV_BLOCK_W)
+            be->ops->weights_changed(be, p->count, to);
         return FV_OK;
     }
     real *memory = calloc(p->count, sizeof *memory);
@@ -143,13 +145,16 @@ FvStatus fv_params_set(FvParams *table, FvBackend *be, const FvParam *p, FvBlock
         return FV_FAIL(err, FV_DEVICE, "out of memory for %s", p->name);
     swap_channels(p, true, values, memory);
     be->ops->upload(be, to, memory, p->count * sizeof(real));
+    if (block == FV_BLOCK_W)
+        be->ops->weights_changed(be, p->count, to);
     free(memory);
     return FV_OK;
 }
 
 /* Trained parameters that are neighbours in the table are neighbours in all blocks: each run of
  * them is one call. */
-void fv_params_update(FvParams *table, FvBackend *be, const FvAdamW *adamw, const double *norm) {
+void fv_params_update(FvParams *table, FvBackend *be, const FvAdamW *adamw, const double *rates,
+                      const double *norm) {
     for (size_t i = 0; i < table->count;) {
         const FvParam *p = &table->list[i++];
         if (p->role != FV_TRAINED)
@@ -157,7 +162,7 @@ void fv_params_update(FvParams *table, FvBackend *be, const FvAdamW *adamw, cons
         size_t n = padded(p->count);
         while (i < table->count && table->list[i].role == FV_TRAINED)
             n += padded(table->list[i++].count);
-        be->ops->adamw(be, adamw, n, norm, table->g + p->slot, table->w + p->offset,
+        be->ops->adamw(be, adamw, rates, n, norm, table->g + p->slot, table->w + p->offset,
                        table->m + p->slot, table->v + p->slot);
     }
 }

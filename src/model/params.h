@@ -73,8 +73,10 @@ FvStatus fv_params_get(const FvParams *, FvBackend *, const FvParam *, FvBlock, 
 FvStatus fv_params_set(FvParams *, FvBackend *, const FvParam *, FvBlock, const real *values,
                        FvError *);
 
-/* One AdamW step on everything trained; norm: the gradient norm in the backend's memory. */
-void fv_params_update(FvParams *, FvBackend *, const FvAdamW *, const double *norm);
+/* One AdamW step on everything trained; rates [FV_RATES] and the gradient norm [2] lie in the
+ * backend's memory. */
+void fv_params_update(FvParams *, FvBackend *, const FvAdamW *, const double *rates,
+                      const double *norm);
 
 void fv_params_free(FvParams *);
 

@@ -1,6 +1,7 @@
 /* Inside the model layer: the parts that model.c puts together. Each part declares its parameters,
  * carves its activations, and runs forward and backward. Rows are frames or tokens, F = clips * T.
- * Names: x stream, n its norm, q k v query key value; d<name> the gradient of <name>. */
+ * Names: x stream, n its norm, q k v query key value; d<name> the gradient of <name>. Members
+ * marked so are operand tensors (backend.h). */
 #ifndef FV_MODEL_PARTS_H
 #define FV_MODEL_PARTS_H
 
@@ -13,9 +14,9 @@ typedef struct FvQueryPass {
     real *u;                         /* [F, Q] */
     FvBlockActs *act;                /* deep: [dino_layers], rows F */
     real *q0;                        /* [F, D] */
-    real *last, *norm, *mean, *rstd; /* deep: after the last block, LN_f of it */
-    real *probs, *pooled;            /* shallow; deep: probs is the last layer's */
-    real *z;                         /* [F, D] */
+    real *last, *norm, *mean, *rstd; /* deep: after the last block, LN_f of it (operand) */
+    real *probs, *pooled; /* shallow (pooled: operand); deep: probs is the last layer's */
+    real *z;              /* [F, D] */
 } FvQueryPass;
 
 typedef struct FvQueryPart {
@@ -36,7 +37,7 @@ typedef struct FvLmWeights {
     FvWeight norm1, q, k, v, o, norm2, gate, up, down;
 } FvLmWeights;
 
-typedef struct FvLmActs {
+typedef struct FvLmActs { /* n1, att, n2, act: operands */
     real *x, *n1, *rstd1, *q, *own_k, *own_v, *k, *v, *probs, *att, *o, *mid, *n2, *rstd2, *gate,
         *up, *act, *m;
 } FvLmActs;
@@ -71,8 +72,8 @@ void fv_lm_text_backward(FvModel *);
 
 /* --- head.c --------------------------------------------------------------------------------- */
 
-typedef struct FvHeadPass {
-    real *hidden; /* [F, M]: the hidden state before each frame */
+typedef struct FvHeadPass { /* film_mid, g4, g5: operands */
+    real *hidden;           /* [F, M]: the hidden state before each frame */
     real *film_in, *film_mid, *gb;
     real *mixed, *c4, *g4, *c5, *g5, *prediction; /* [F, positions, channels] */
 } FvHeadPass;
@@ -80,7 +81,7 @@ typedef struct FvHeadPass {
 typedef struct FvHead {
     FvWeight conv_w[6], conv_b[6], film1_w, film1_b, film2_w, film2_b, latent_init;
     real *targets, *previous;       /* [F, positions, 4] */
-    real *c1, *g1, *c2, *g2, *base; /* shared by the passes */
+    real *c1, *g1, *c2, *g2, *base; /* shared by the passes; g1, g2: operands */
     FvHeadPass pass[FV_PASSES];
     real *dhidden, *dbase, *da, *db; /* scratch; dhidden [F, M] */
     int32_t *shift;                  /* [F]: frame before, -1 for the first of a clip */
@@ -112,8 +113,9 @@ typedef struct FvRows {
 typedef struct FvMetrics { /* doubles on the backend, in one block */
     double *block;
     size_t count;
-    double *loss[FV_PASSES], *cosine, *entropy[FV_PASSES], *hinge, *loss_copy, *loss_other, *norm;
-    double *dentropy[FV_PASSES]; /* behind the block: not measures */
+    double *loss[FV_PASSES], *cosine, *entropy[FV_PASSES], *hinge, *loss_copy, *loss_other;
+    double *norm;                        /* [2] */
+    double *dentropy[FV_PASSES], *rates; /* behind the block: not measures */
 } FvMetrics;
 
 struct FvModel {
@@ -133,10 +135,15 @@ struct FvModel {
     real *bank;     /* [(clips + 1) * (T - 1), Q]: chosen queries; slot 0 the clip before */
     real *choosers; /* [clips * (T - 1), M] */
     real *dvisual, *dvisual_in, *dchoosers, *dchosen, *dz_coarse; /* scratch */
-    void *block_weights, *block_train, *block_acts;
-    double *host_metrics;
-    real *host_probs; /* [F, dino_heads, N + 1] */
+    void *block_weights, *block_train, *block_acts, *block_operands;
+    double *host_metrics[FV_MARKS]; /* a copy of the block each, of ops->host_alloc */
+    real *host_probs;               /* [F, dino_heads, N + 1] */
+    int32_t *host_rows;             /* [clips * (1 + max_text)]: lm.first and rows.tokens */
+    FvReady *ready;
+    void *ready_context;
 };
+
+void fv_ready_from(void *model, const real *g); /* tells FvModel.ready */
 
 static inline size_t fv_frames(const FvModel *m) {
     return m->c.clips * m->c.frames;

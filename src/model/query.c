@@ -26,7 +26,7 @@ static void carve_pass(FvModel *m, FvArena *arena, FvQueryPass *p) {
     if (!c->deep) {
         p->q0 = fv_take(arena, wide);
         p->probs = fv_take(arena, fv_mul(frames, fv_keys(m)));
-        p->pooled = fv_take(arena, wide);
+        p->pooled = fv_take_operand(arena, wide);
         return;
     }
     for (size_t l = 0; l < c->dino_layers; l++)
@@ -35,7 +35,7 @@ static void carve_pass(FvModel *m, FvArena *arena, FvQueryPass *p) {
     p->q0 = p->act[0].x;
     p->probs = p->act[c->dino_layers - 1].probs;
     p->last = fv_take(arena, wide);
-    p->norm = fv_take(arena, wide);
+    p->norm = fv_take_operand(arena, wide);
     p->mean = fv_take(arena, frames);
     p->rstd = fv_take(arena, frames);
 }

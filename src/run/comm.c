@@ -99,6 +99,17 @@ FvStatus fv_world_agree(const FvWorld *world, FvStatus mine, bool *speaker) {
     return (FvStatus)code;
 }
 
+bool fv_world_all(bool mine) {
+    int all = mine;
+    return MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_LAND, MPI_COMM_WORLD) == MPI_SUCCESS &&
+           all;
+}
+
+FvStatus fv_world_broadcast(void *data, size_t bytes, FvError *err) {
+    return check(MPI_Bcast(data, (int)bytes, MPI_BYTE, 0, MPI_COMM_WORLD), "telling all ranks",
+                 err);
+}
+
 void fv_world_gather(const void *mine, size_t bytes, void *all) {
     MPI_Gather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, 0, MPI_COMM_WORLD);
 }

@@ -53,6 +53,15 @@ const FvKey *fv_config_find(const char *name) {
     return fv_keys_find(&study_keys, name);
 }
 
+bool fv_key_changes_results(const FvKey *key) {
+    static const char *const others[] = {"checkpoint_steps", "checkpoint_seconds", "graph", "comm",
+                                         "watchdog"};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        if (strcmp(key->name, others[i]) == 0)
+            return false;
+    return true;
+}
+
 const FvConfig *fv_config_defaults(void) {
     return &defaults;
 }

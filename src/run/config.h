@@ -19,6 +19,9 @@
       "sizes of model and data: the study's (seed), a small one for CPUs, or what fits")           \
     X(size, steps, 1500, 1, 100000000, "training steps")                                           \
     X(size, batch, 2, 1, 65536, "clips per step, over all ranks of the experiment")                \
+    X(text, precision, "auto", "auto|fp32|bf16", 0,                                                \
+      "what matrix products read on a GPU: floats, or bfloat16 (sums, weights, optimizer and "     \
+      "the rest are fp32); auto: bf16 on a GPU, fp32 on the processor, which has no bf16")         \
     /* data */                                                                                     \
     X(text, data, "procedural", "", 0, "\"procedural\" or a clips.h5 made by fovea prepare")       \
     X(text, latents, "auto", "auto|file|blocks", 0,                                                \
@@ -59,6 +62,11 @@
     X(size, map_clips, 4, 0, 1024, "held-out clips whose attention maps are kept")                 \
     X(size, checkpoint_steps, 500, 1, 100000000, "steps between checkpoints")                      \
     X(real, checkpoint_seconds, 60, 0.01, 1e9, "seconds between checkpoints")                      \
+    /* how it is computed */                                                                       \
+    X(flag, graph, true, 0, 1, "GPU: a step is recorded once and replayed, not queued anew")       \
+    X(text, comm, "auto", "auto|mpi|nccl", 0,                                                      \
+      "how ranks of an experiment average gradients; auto: NCCL where each has its own GPU")       \
+    X(real, watchdog, 600, 0.1, 1e9, "seconds without a step after which a run counts as hung")    \
     /* start values */                                                                             \
     X(text, dino_from, "auto", "", 0,                                                              \
       "DINOv2 encoder to start from: a safetensors file, a Hugging Face folder or the name of "    \
@@ -146,6 +154,9 @@ void fv_keys_print_help(const FvKeys *);
 /* The study's keys in the order above; ends with name NULL. */
 const FvKey *fv_config_keys(void);
 const FvKey *fv_config_find(const char *name);
+
+/* False for keys that say when a run is saved, or which way the same sums are made. */
+bool fv_key_changes_results(const FvKey *);
 
 /* The defaults of the table, with scale still "auto". */
 const FvConfig *fv_config_defaults(void);

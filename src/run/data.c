@@ -47,6 +47,10 @@ static bool file_latents(const FvData *d) {
     return !d->procedural && d->file.has_latents;
 }
 
+void fv_data_show_as(FvData *d, const char *source) {
+    snprintf(d->info.source, sizeof d->info.source, "%s", source);
+}
+
 const FvDataInfo *fv_data_info(const FvData *d) {
     return &d->info;
 }

@@ -30,6 +30,8 @@ typedef struct FvDataInfo {
  * anything large, and measures the block statistics over the training split where they are the
  * target. FV_DATA with file, dataset, what is there and what is needed. */
 FvStatus fv_data_open(const FvConfig *, FvData **out, FvError *err);
+/* What was opened is a copy of this file, under whose name it is recorded. */
+void fv_data_show_as(FvData *, const char *source);
 /* Training pixels alone: no held-out clips are needed, and a batch's latents stay as they are. */
 FvStatus fv_data_open_pixels(const FvConfig *, FvData **out, FvError *err);
 void fv_data_close(FvData *);
@@ -68,7 +70,7 @@ void fv_batch_free(FvBatch *);
 typedef struct FvLoader FvLoader;
 FvStatus fv_loader_start(FvData *, uint64_t seed, size_t batch, size_t shard, size_t shards,
                          size_t max_text, uint64_t first, FvLoader **out, FvError *err);
-/* The next step's batch; valid until the next call. */
+/* The next step's batch; valid until the call after the next. */
 FvStatus fv_loader_next(FvLoader *, const FvBatch **out, FvError *err);
 void fv_loader_stop(FvLoader *);
 

@@ -5,6 +5,9 @@
 
 #ifdef FV_CUDA
 #include "cuda/cuda_backend.h"
+#ifdef FV_NCCL
+#include "cuda/collective.h"
+#endif
 
 static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvError *err) {
     char why[128];
@@ -20,13 +23,24 @@ static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvErr
     FV_TRY(fv_cuda_device(out->index, &gpu, err));
     out->gpu = true;
     out->memory = gpu.memory;
+    snprintf(out->bus, sizeof out->bus, "%s", gpu.bus);
     snprintf(out->text, sizeof out->text, "%s %s, %.0f GB", gpu.name, gpu.bus,
              (double)gpu.memory / 1e9);
     return FV_OK;
 }
 
-static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) {
-    const FvCudaOptions options = {.device = device->index};
+void fv_device_versions(char *out, size_t size) {
+    fv_cuda_version(out, size);
+    strncat(out, "\n", size - strlen(out) - 1);
+#ifdef FV_NCCL
+    size_t used = strlen(out);
+    fv_collective_version(out + used, size - used);
+    strncat(out, "\n", size - strlen(out) - 1);
+#endif
+}
+
+static FvStatus open_gpu(const FvDevice *device, bool bf16, FvBackend **out, FvError *err) {
+    const FvCudaOptions options = {.device = device->index, .bf16 = bf16};
     return fv_cuda_backend_create(&options, out, err);
 }
 #else
@@ -38,8 +52,12 @@ static FvStatus choose_gpu(const FvWorld *world, bool must, FvDevice *out, FvErr
                 : FV_OK;
 }
 
-static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) {
-    (void)device, (void)out;
+void fv_device_versions(char *out, size_t size) {
+    snprintf(out, size, "%s", "");
+}
+
+static FvStatus open_gpu(const FvDevice *device, bool bf16, FvBackend **out, FvError *err) {
+    (void)device, (void)bf16, (void)out;
     return FV_FAIL(err, FV_DEVICE, "this build has no CUDA backend");
 }
 #endif
@@ -55,6 +73,21 @@ FvStatus fv_device_choose(const char *wish, const FvWorld *world, size_t threads
     return FV_OK;
 }
 
-FvStatus fv_device_open(const FvDevice *device, size_t threads, FvBackend **out, FvError *err) {
-    return device->gpu ? open_gpu(device, out, err) : fv_cpu_backend_create(threads, out, err);
+FvStatus fv_device_precision(const FvDevice *device, const char *precision, bool *bf16,
+                             FvError *err) {
+    bool must = strcmp(precision, "bf16") == 0;
+    *bf16 = device->gpu && strcmp(precision, "fp32") != 0;
+    return must && !device->gpu
+               ? FV_FAIL(err, FV_USAGE,
+                         "precision bf16: the processor computes in fp32 alone; use precision=fp32 "
+                         "or auto, or a GPU (--device cuda)")
+               : FV_OK;
+}
+
+FvStatus fv_device_open(const FvDevice *device, const char *precision, size_t threads,
+                        FvBackend **out, FvError *err) {
+    bool bf16;
+    FV_TRY(fv_device_precision(device, precision, &bf16, err));
+    return device->gpu ? open_gpu(device, bf16, out, err)
+                       : fv_cpu_backend_create(threads, out, err);
 }

@@ -10,11 +10,13 @@
 #include "run/evaluate.h"
 #include "run/files.h"
 #include "run/hdf5_lock.h"
+#include "run/model_folder.h"
 #include "run/outdir.h"
 #include "run/plan.h"
 #include "run/processor.h"
 #include "run/ranking.h"
 #include "run/sha256.h"
+#include "run/stage.h"
 #include "run/train.h"
 #include "run/weights.h"
 #include "run/weights_record.h"
@@ -26,8 +28,10 @@ typedef struct Session {
     char out[FV_PATH];
     bool *wanted; /* [jobs] */
     int lock;     /* rank 0: of OUT */
+    FvFence fence;
     size_t threads;
     FvDevice device;
+    bool all_gpus, seed_fits;    /* every rank has a GPU; and models/ the seed scale's models */
     FvData **data;               /* [experiments]; experiments with equal data share one */
     const FvDataInfo **info;     /* [experiments] */
     uint8_t **map_pixels;        /* rank 0, [experiments], shared like data */
@@ -38,6 +42,8 @@ typedef struct Session {
     FvWeightsRecord weights;
     size_t memory_before; /* bytes held before the study's own */
     FvGroup group;
+    FvLink link;
+    FvWatchdog *watchdog;
     FvDisplay *display;
     FvCoordinator *coordinator;
 } Session;
@@ -60,6 +66,18 @@ static FvStatus check_ranks(const Session *s, FvError *err) {
             return FV_FAIL(
                 err, FV_USAGE, "--ranks-per-experiment %zu does not divide %s's batch of %zu clips",
                 ranks, s->study.experiments[e].name, s->study.experiments[e].config.batch);
+    return FV_OK;
+}
+
+static FvStatus check_precision(const Session *s, FvError *err) {
+    FvError inner;
+    bool bf16;
+    for (size_t e = 0; e < s->study.experiment_count; e++) {
+        const FvExperiment *x = &s->study.experiments[e];
+        FvStatus status = fv_device_precision(&s->device, x->config.precision, &bf16, &inner);
+        if (status != FV_OK)
+            return FV_FAIL(err, status, "%s: %s", x->name, inner.text);
+    }
     return FV_OK;
 }
 
@@ -103,9 +121,8 @@ static FvStatus name_jobs(Session *s, FvError *err) {
 
 static FvStatus read_study(Session *s, FvError *err) {
     const FvOptions *o = &s->in->options;
-    /* where a study names no scale */
-    FV_TRY(
-        fv_study_load(s->in->study_path, o->overrides, o->override_count, "small", &s->study, err));
+    FV_TRY(fv_study_load(s->in->study_path, o->overrides, o->override_count,
+                         s->seed_fits ? "seed" : "small", &s->study, err));
     FV_TRY(check_ranks(s, err));
     FV_TRY(choose_jobs(s, err));
     FV_TRY(name_jobs(s, err));
@@ -154,6 +171,34 @@ static FvStatus check_experiment(const Session *s, size_t e, const FvDataInfo *d
     return fv_weights_check_model(c, &plan.model, err);
 }
 
+static bool is_staged(const Session *s, const FvConfig *c) {
+    return s->in->options.stage && strcmp(c->data, "procedural") != 0;
+}
+
+/* One rank of each host copies; the others go on when all have agreed that it is done. */
+static FvStatus stage_data(const Session *s, FvError *err) {
+    if (s->in->world.local_rank != 0)
+        return FV_OK;
+    for (size_t e = 0; e < s->study.experiment_count; e++)
+        if (is_staged(s, &s->study.experiments[e].config))
+            FV_TRY(fv_stage(s->in->options.stage, s->study.experiments[e].config.data, err));
+    return FV_OK;
+}
+
+static FvStatus open_one(const Session *s, const FvConfig *config, FvData **out, FvError *err) {
+    FvConfig c = *config;
+    char path[FV_PATH];
+    if (!is_staged(s, config))
+        return fv_data_open(config, out, err);
+    FV_TRY(fv_stage_path(s->in->options.stage, config->data, path, err));
+    if (strlen(path) >= sizeof c.data)
+        return FV_FAIL(err, FV_DATA, "--stage %s: the path is too long", s->in->options.stage);
+    memcpy(c.data, path, strlen(path) + 1);
+    FV_TRY(fv_data_open(&c, out, err));
+    fv_data_show_as(*out, config->data);
+    return FV_OK;
+}
+
 static FvStatus open_data(Session *s, FvError *err) {
     size_t n = s->study.experiment_count;
     s->data = calloc(n, sizeof *s->data);
@@ -169,7 +214,7 @@ static FvStatus open_data(Session *s, FvError *err) {
                 s->map_pixels[e] = s->map_pixels[f];
             }
         if (!s->data[e]) {
-            FV_TRY(fv_data_open(c, &s->data[e], err));
+            FV_TRY(open_one(s, c, &s->data[e], err));
             if (s->in->world.rank == 0)
                 FV_TRY(read_map_pixels(s->data[e], c->map_clips, &s->map_pixels[e], err));
         }
@@ -275,6 +320,9 @@ static void tell_study(Session *s) {
     fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
                    s->info[0]->source, s->info[0]->count[FV_TRAIN], s->info[0]->count[FV_HELD_OUT],
                    s->info[0]->latents);
+    if (s->all_gpus && !s->seed_fits && !s->in->options.study && strcmp(c->scale, "small") == 0)
+        fv_display_log(s->display, "models/ lacks the models of the seed scale (make weights); "
+                                   "scale=seed runs its sizes without them");
     for (size_t e = 0; e < s->study.experiment_count; e++)
         tell_start(s, e);
     fv_display_log(s->display, "results: %s/results.h5", s->out);
@@ -343,10 +391,13 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
                  .group = &s->group,
                  .study = &s->study,
                  .out = s->out,
+                 .fence = &s->fence,
                  .coordinator = s->coordinator,
                  .data = s->data,
                  .threads = s->threads > s->group.slots ? s->threads / s->group.slots : 1,
                  .device = s->device,
+                 .link = &s->link,
+                 .watchdog = s->watchdog,
                  .stop = s->in->stop};
     Slot *slots = calloc(s->group.slots, sizeof *slots);
     pthread_t *threads = calloc(s->group.slots, sizeof *threads);
@@ -377,6 +428,7 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
         .group = &s->group,
         .study = &s->study,
         .out = s->out,
+        .fence = &s->fence,
         .stop = s->in->stop,
         .wanted = s->wanted,
         .display = s->display,
@@ -396,7 +448,7 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
 
 static FvStatus open_out(Session *s, FvError *err) {
     return s->in->world.rank == 0
-               ? fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->lock, err)
+               ? fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->fence, &s->lock, err)
                : FV_OK;
 }
 
@@ -414,14 +466,16 @@ static FvStatus keep_out(Session *s, FvError *err) {
 }
 
 static void note_versions(Session *s) {
-    char mpi[128], hdf5[32];
+    char mpi[128], hdf5[32], gpu[192];
     time_t seconds = time(NULL);
     struct tm utc;
     gmtime_r(&seconds, &utc);
     strftime(s->start, sizeof s->start, "%Y-%m-%dT%H:%M:%SZ", &utc);
     fv_mpi_version(mpi, sizeof mpi);
     fv_hdf5_version(hdf5, sizeof hdf5);
-    snprintf(s->libraries, sizeof s->libraries, "%s\nHDF5 %s\n%s\n", mpi, hdf5, fv_cpu_blas_name());
+    fv_device_versions(gpu, sizeof gpu);
+    snprintf(s->libraries, sizeof s->libraries, "%s\nHDF5 %s\n%s\n%s", mpi, hdf5,
+             fv_cpu_blas_name(), gpu);
 }
 
 static FvStatus list_jobs(const Session *s) {
@@ -443,10 +497,13 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     const FvWorld *w = &s->in->world;
     FvStatus made = FV_OK;
     s->memory_before = fv_memory_use().now;
-    TOGETHER(read_study(s, err));
     size_t cores = fv_claim_cores(w);
     s->threads = o->threads ? o->threads : cores;
     TOGETHER(fv_device_choose(o->device, w, s->threads, &s->device, err));
+    s->all_gpus = fv_world_all(s->device.gpu);
+    s->seed_fits = fv_world_all(s->all_gpus && fv_folder_has_seed());
+    TOGETHER(read_study(s, err));
+    TOGETHER(check_precision(s, err));
     if (o->list || o->dry_run) {
         if (w->rank == 0)
             made = o->list ? list_jobs(s) : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
@@ -454,6 +511,8 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
         return FV_OK;
     }
     TOGETHER(open_out(s, err));
+    TOGETHER(fv_world_broadcast(&s->fence, sizeof s->fence, err));
+    TOGETHER(stage_data(s, err));
     TOGETHER(open_data(s, err));
     if (w->rank == 0) /* who records them */
         made = fv_weights_record_make(&s->study, &s->weights, err);
@@ -465,6 +524,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
         tell_study(s);
     TOGETHER(tell_ranks(s, err));
     TOGETHER(start_coordinator(s, err));
+    TOGETHER(fv_watchdog_start(w, &s->group, s->name_list, &s->watchdog, err));
     FvStatus status = run_slots(s, abort, err);
     if (*abort) {
         *speaker = true;
@@ -497,12 +557,14 @@ FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError 
     FvStatus status = run_session(&s, speaker, abort, err);
     if (*abort)
         return status;
+    fv_watchdog_stop(s.watchdog);
     fv_coordinator_destroy(s.coordinator);
     fv_display_destroy(s.display);
+    fv_link_close(&s.link);
     if (s.group.comms)
         fv_group_free(&s.group);
     close_data(&s);
-    fv_outdir_close(s.lock);
+    fv_fence_release(s.lock);
     free(s.hosts);
     fv_weights_record_free(&s.weights);
     free(s.names);

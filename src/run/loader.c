@@ -76,7 +76,7 @@ void fv_batch_free(FvBatch *b) {
 
 /* --- reading ahead ---------------------------------------------------------------------------- */
 
-enum { RING = 4 }; /* batches: one in use, up to three read ahead */
+enum { RING = 5, HELD = 2 }; /* batches; of them in use: a step's and that of the step before it */
 
 struct FvLoader {
     FvData *data;
@@ -95,9 +95,8 @@ struct FvLoader {
     FvError error;
 };
 
-/* The batch taken last stays in use until the next is taken. */
 static bool has_room(const FvLoader *l) {
-    return l->read - (l->taken ? l->taken - 1 : 0) < RING;
+    return l->read - (l->taken < HELD ? 0 : l->taken - HELD) < RING;
 }
 
 static FvStatus read_batch(FvLoader *l, uint64_t index, FvError *err) {

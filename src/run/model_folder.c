@@ -173,19 +173,27 @@ FvStatus fv_folder_check_lm(const char *config, const FvConfig *asked, FvError *
     return FV_OK;
 }
 
+static const char seed_dino[] = "dinov2-small", seed_lm[] = "SmolLM2-135M";
+
+bool fv_folder_has_seed(void) {
+    char weights[FV_TEXT], config[FV_TEXT];
+    FvError ignored;
+    return fv_folder_find(seed_dino, weights, config, &ignored) == FV_OK &&
+           fv_folder_find(seed_lm, weights, config, &ignored) == FV_OK;
+}
+
 void fv_folder_choose(FvConfig *c) {
     bool seed = strcmp(c->scale, "seed") == 0;
     char config[FV_TEXT];
     FvError ignored;
     if (strcmp(c->dino_from, "auto") == 0) {
-        const char *name = seed ? "dinov2-small" : "dino-nano";
+        const char *name = seed ? seed_dino : "dino-nano";
         bool fits = has_config(name, config) && fv_folder_check_dino(config, c, &ignored) == FV_OK;
         snprintf(c->dino_from, sizeof c->dino_from, "%s", fits ? name : "none");
     }
     if (strcmp(c->lm_from, "auto") == 0) {
-        const char *name = "SmolLM2-135M";
         bool fits =
-            seed && has_config(name, config) && fv_folder_check_lm(config, c, &ignored) == FV_OK;
-        snprintf(c->lm_from, sizeof c->lm_from, "%s", fits ? name : "none");
+            seed && has_config(seed_lm, config) && fv_folder_check_lm(config, c, &ignored) == FV_OK;
+        snprintf(c->lm_from, sizeof c->lm_from, "%s", fits ? seed_lm : "none");
     }
 }

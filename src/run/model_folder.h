@@ -14,6 +14,9 @@ FvStatus fv_folder_find(const char *from, char weights[FV_TEXT], char config[FV_
  * there and has the sizes of the configuration, else "none". */
 void fv_folder_choose(FvConfig *);
 
+/* Whether models/ has both models of the seed scale. */
+bool fv_folder_has_seed(void);
+
 /* Sets the sizes of dino_from's and lm_from's config.json, where there is one that can be read: a
  * layer between the scale's preset and what the study gives. */
 void fv_folder_preset(FvConfig *);

@@ -39,6 +39,7 @@ FvStatus fv_plan_job(const FvConfig *config, size_t ranks, const FvDataInfo *dat
 size_t fv_plan_bytes(const FvJobPlan *p) {
     size_t device = fv_add(fv_add(p->memory.weights, p->memory.gradients),
                            fv_add(p->memory.moments, p->memory.activations));
+    device = fv_add(device, p->memory.operands);
     return fv_add(device, fv_add(p->history, fv_add(p->evaluation, p->staging)));
 }
 

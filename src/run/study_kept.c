@@ -104,12 +104,6 @@ char *fv_study_format(const FvStudy *study) {
 
 enum { NAMED = 3, DIFFERENCE = 256 }; /* keys named in a message, bytes for each */
 
-/* Checkpoints change when a run is saved, never what it computes. */
-static bool changes_results(const FvKey *key) {
-    return strcmp(key->name, "checkpoint_steps") != 0 &&
-           strcmp(key->name, "checkpoint_seconds") != 0;
-}
-
 static const FvExperiment *find(const FvStudy *study, const char *name) {
     for (size_t e = 0; e < study->experiment_count; e++)
         if (strcmp(study->experiments[e].name, name) == 0)
@@ -164,7 +158,7 @@ static FvStatus check_same_values(const char *path, const FvStudy *kept, const F
     char text[NAMED * (DIFFERENCE + 2)] = "", one[DIFFERENCE], more[32] = "";
     size_t count = 0;
     for (const FvKey *key = fv_config_keys(); key->name; key++) {
-        if (!changes_results(key) || !describe(kept, asked, key, one, sizeof one))
+        if (!fv_key_changes_results(key) || !describe(kept, asked, key, one, sizeof one))
             continue;
         size_t used = strlen(text);
         if (count++ < NAMED)

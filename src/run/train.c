@@ -25,14 +25,20 @@ typedef struct FvTrainer {
     FvBackend *be;
     FvModelConfig c;
     FvModel *model;
-    real *staging; /* parameters on their way to MPI, where the host cannot reach them */
+    FvExchange *exchange;
     FvEvaluator *evaluator;
     FvLoader *loader;
     FvCheckpointer *checkpointer;
     FvHistory history; /* filled on the root */
     FvJobInfo info;
     char folder[FV_PATH], history_path[FV_PATH];
-    uint64_t step; /* steps done */
+    uint64_t step;  /* steps done */
+    uint64_t begun; /* steps queued on the backend: those done, and at most two more */
+    uint64_t eager; /* steps to queue one operation at a time until one is recorded */
+    const FvBatch *batch[FV_MARKS]; /* of the steps that are not done, by step % FV_MARKS */
+    bool recorded;                  /* replay() is a step */
+    bool stop, save; /* asked for, the same on every rank of the group: no step is begun ahead */
+    double finished; /* when the last step was done */
     /* rows that an earlier start has already shown: a restart from an older checkpoint computes
      * them again, and what was shown must not shrink meanwhile */
     size_t shown_steps, shown_evals, shown_maps;
@@ -43,6 +49,10 @@ typedef struct FvTrainer {
 
 static bool is_root(const FvTrainer *t) {
     return t->run->group->rank == 0;
+}
+
+static void doing(const FvTrainer *t, FvActivity activity) {
+    fv_watchdog_at(t->run->watchdog, t->slot, t->job, t->step, activity, t->config->watchdog);
 }
 
 /* Rows at step 0, at every multiple and at the end. */
@@ -94,7 +104,7 @@ static FvStatus save_history(FvTrainer *t, FvError *err) {
     if (!is_root(t) || h->steps < t->shown_steps || h->evals < t->shown_evals ||
         h->maps < t->shown_maps)
         return FV_OK;
-    return fv_history_save(t->history_path, h, &t->info, err);
+    return fv_history_save(t->history_path, h, &t->info, t->run->fence, err);
 }
 
 static FvStatus save_checkpoint(FvTrainer *t, FvError *err) {
@@ -117,7 +127,7 @@ static void describe(const FvTrainer *t, char *out, size_t size) {
                                    fv_data_info(t->data)->sha256);
     for (const FvKey *k = fv_config_keys(); k->name && used < size; k++) {
         char value[FV_TEXT];
-        if (strncmp(k->name, "checkpoint_", 11) == 0)
+        if (!fv_key_changes_results(k))
             continue;
         fv_config_format(t->config, k, value, sizeof value);
         used += (size_t)snprintf(out + used, size - used, ";%s=%s", k->name, value);
@@ -166,53 +176,14 @@ static FvStatus restore(FvTrainer *t, FvError *err) {
 
 /* --- the group ------------------------------------------------------------------------------ */
 
-/* What MPI can read: the backend's memory itself where the host reaches it, else a copy. */
-static FvStatus to_host(FvTrainer *t, real *x, size_t count, real **host, FvError *err) {
-    *host = x;
-    if (t->be->on_host)
-        return FV_OK;
-    if (!t->staging)
-        t->staging = malloc(fv_mul(fv_model_params(t->model)->memory, sizeof(real)));
-    if (!t->staging)
-        return FV_FAIL(err, FV_DEVICE, "out of memory for sending parameters");
-    *host = t->staging;
-    t->be->ops->download(t->be, *host, x, count * sizeof(real));
-    return t->be->ops->sync(t->be, err);
-}
-
-static void from_host(FvTrainer *t, real *x, size_t count, const real *host) {
-    if (host != x)
-        t->be->ops->upload(t->be, x, host, count * sizeof(real));
-}
-
-static FvStatus share_block(FvTrainer *t, real *x, size_t count, FvError *err) {
-    real *host;
-    if (t->run->group->size == 1)
-        return FV_OK;
-    FV_TRY(to_host(t, x, count, &host, err));
-    FV_TRY(fv_group_broadcast(t->run->group, t->slot, host, count * sizeof(real), err));
-    from_host(t, x, count, host);
-    return FV_OK;
-}
-
 /* The root's state becomes everyone's. */
 static FvStatus share(FvTrainer *t, FvError *err) {
     FvParams *p = fv_model_params(t->model);
     FV_TRY(fv_group_broadcast(t->run->group, t->slot, &t->step, sizeof t->step, err));
-    FV_TRY(share_block(t, p->w, p->memory, err));
-    FV_TRY(share_block(t, p->m, p->trained_memory, err));
-    return share_block(t, p->v, p->trained_memory, err);
-}
-
-static FvStatus average_gradients(FvTrainer *t, FvError *err) {
-    FvParams *p = fv_model_params(t->model);
-    real *host;
-    if (t->run->group->size == 1)
-        return FV_OK;
-    FV_TRY(to_host(t, p->g, p->trained_memory, &host, err));
-    FV_TRY(fv_group_average(t->run->group, t->slot, host, p->trained_memory, err));
-    from_host(t, p->g, p->trained_memory, host);
-    return FV_OK;
+    FV_TRY(fv_exchange_share(t->exchange, p->w, p->memory, err));
+    t->be->ops->weights_changed(t->be, p->memory, p->w);
+    FV_TRY(fv_exchange_share(t->exchange, p->m, p->trained_memory, err));
+    return fv_exchange_share(t->exchange, p->v, p->trained_memory, err);
 }
 
 /* --- one step ------------------------------------------------------------------------------- */
@@ -231,7 +202,7 @@ static double learning_rate(const FvConfig *c, uint64_t step) {
 /* Means over all clips of the step, the same on every rank. */
 typedef struct FvStepMeans {
     double loss_fine, loss_coarse, cosine, entropy_fine, entropy_coarse, hinge;
-    double stop; /* share of the ranks that were asked to stop */
+    double stop, save; /* share of the ranks that were asked to stop, and that want to save */
 } FvStepMeans;
 
 static double mean(const double *x, size_t n) {
@@ -239,6 +210,12 @@ static double mean(const double *x, size_t n) {
     for (size_t i = 0; i < n; i++)
         sum += x[i];
     return sum / (double)n;
+}
+
+/* Time passes differently on every rank: when to save is the root's word, told with the measures.
+ */
+static bool wants_save(const FvTrainer *t) {
+    return is_root(t) && fv_now() - t->last_checkpoint >= t->config->checkpoint_seconds;
 }
 
 static FvStatus average(FvTrainer *t, const FvMeasures *m, FvStepMeans *out, FvError *err) {
@@ -249,12 +226,14 @@ static FvStatus average(FvTrainer *t, const FvMeasures *m, FvStepMeans *out, FvE
                       mean(m->entropy[FV_FINE], frames),
                       mean(m->entropy[FV_COARSE], frames),
                       mean(m->hinge, t->c.clips),
-                      *t->run->stop ? 1.0 : 0.0};
+                      *t->run->stop ? 1.0 : 0.0,
+                      wants_save(t) ? 1.0 : 0.0};
     size_t n = sizeof means / sizeof *means;
     FV_TRY(fv_group_sum(t->run->group, t->slot, means, n, err));
     for (size_t i = 0; i < n; i++)
         means[i] /= (double)t->run->group->size;
-    *out = (FvStepMeans){means[0], means[1], means[2], means[3], means[4], means[5], means[6]};
+    *out = (FvStepMeans){means[0], means[1], means[2], means[3],
+                         means[4], means[5], means[6], means[7]};
     return FV_OK;
 }
 
@@ -267,11 +246,24 @@ static double total_loss(const FvModelConfig *c, const FvStepMeans *m) {
     return total;
 }
 
+/* The step that went bad has changed no parameter, nor has one begun after it: what it computed is
+ * made again, one operation after the other. */
+static void replay_failed(FvTrainer *t, const FvBatch *batch) {
+    fv_model_on_ready(t->model, NULL, NULL);
+    fv_model_load(t->model, batch);
+    fv_model_encode(t->model);
+    fv_model_coarse(t->model);
+    fv_model_fine(t->model);
+    fv_model_backward(t->model);
+}
+
 /* Says which tensor went bad first, on the first rank that sees one, and in which clips. */
 static FvStatus fail_not_finite(FvTrainer *t, const FvBatch *batch, FvError *err) {
     enum { TEXT = 256 };
     const FvGroup *g = t->run->group;
     char mine[TEXT] = "", tensor[160];
+    if (t->recorded)
+        replay_failed(t, batch);
     fv_model_first_bad(t->model, tensor, sizeof tensor);
     int used = snprintf(mine, sizeof mine, "%s; clips", tensor[0] ? tensor : "the loss");
     for (size_t b = 0; b < batch->clips && used > 0 && used < TEXT; b++)
@@ -307,74 +299,158 @@ static void record(FvTrainer *t, const FvStepMeans *m, double norm, double lr, d
         h->series[FV_SERIES_step_seconds][i] = seconds;
 }
 
-/* The training step. */
-static FvStatus train_step(FvTrainer *t, bool *stop, FvError *err) {
-    double start = fv_now();
-    const FvBatch *batch;
-    FvModel *m = t->model;
-    FvMeasures measures;
-    FvStepMeans means;
-
-    FV_TRY(fv_loader_next(t->loader, &batch, err));
-    fv_model_load(m, batch);
-    fv_model_encode(m);
-    fv_model_coarse(m);
-    fv_model_fine(m);
-    fv_model_backward(m);
-    FV_TRY(average_gradients(t, err));
-    fv_model_norm(m);
-    FV_TRY(fv_model_measure(m, &measures, err));
-    FV_TRY(average(t, &measures, &means, err));
-    if (!isfinite(total_loss(&t->c, &means)) || !isfinite(measures.norm))
-        return fail_not_finite(t, batch, err);
-    FvAdamW adamw = {.lr = learning_rate(t->config, t->step),
+static FvAdamW adamw_of(const FvTrainer *t, uint64_t step) {
+    return (FvAdamW){.lr = learning_rate(t->config, step),
                      .beta1 = t->config->beta1,
                      .beta2 = t->config->beta2,
                      .eps = t->config->adam_eps,
                      .weight_decay = t->config->weight_decay,
                      .clip_norm = t->config->clip_norm,
-                     .step = t->step + 1};
-    fv_model_update(m, &adamw);
-    record(t, &means, measures.norm, adamw.lr, fv_now() - start);
+                     .step = step + 1};
+}
+
+/* The training step, between its batch and its measures: on a GPU this is what is recorded. */
+static FvStatus compute(FvTrainer *t, const FvAdamW *adamw, FvError *err) {
+    FvModel *m = t->model;
+    FvParams *p = fv_model_params(m);
+    fv_exchange_begin(t->exchange, p->g, p->trained_memory);
+    fv_model_encode(m);
+    fv_model_coarse(m);
+    fv_model_fine(m);
+    fv_model_backward(m);
+    doing(t, FV_WAITING);
+    FV_TRY(fv_exchange_finish(t->exchange, err));
+    doing(t, FV_COMPUTING);
+    fv_model_norm(m);
+    fv_model_update(m, adamw);
+    return FV_OK;
+}
+
+static bool records(const FvTrainer *t) {
+    return t->config->graph && t->be->records && fv_exchange_queues(t->exchange);
+}
+
+/* The first steps run as they are called, so that every workspace has its size. */
+static FvStatus compute_or_replay(FvTrainer *t, const FvAdamW *adamw, FvError *err) {
+    const uint64_t warm_up = 2;
+    if (!t->recorded && t->eager++ >= warm_up && records(t)) {
+        FV_TRY(t->be->ops->record(t->be, err));
+        FV_TRY(compute(t, adamw, err));
+        FV_TRY(t->be->ops->recorded(t->be, err));
+        t->recorded = true;
+    }
+    if (!t->recorded)
+        return compute(t, adamw, err);
+    t->be->ops->replay(t->be);
+    return FV_OK;
+}
+
+static FvStatus begin_step(FvTrainer *t, FvError *err) {
+    size_t place = t->begun % FV_MARKS;
+    doing(t, FV_COMPUTING);
+    FvAdamW adamw = adamw_of(t, t->begun);
+    FV_TRY(fv_loader_next(t->loader, &t->batch[place], err));
+    fv_model_load(t->model, t->batch[place]);
+    fv_model_rates(t->model, &adamw);
+    FV_TRY(compute_or_replay(t, &adamw, err));
+    fv_model_measure_later(t->model, place);
+    t->begun++;
+    return FV_OK;
+}
+
+static FvStatus finish_step(FvTrainer *t, FvError *err) {
+    FvMeasures measures;
+    FvStepMeans means;
+    size_t place = t->step % FV_MARKS;
+    FV_TRY(fv_exchange_wait(t->exchange, place, err));
+    FV_TRY(fv_model_measured(t->model, place, &measures, err));
+    doing(t, FV_WAITING);
+    FV_TRY(average(t, &measures, &means, err));
+    if (!isfinite(total_loss(&t->c, &means)) || !isfinite(measures.norm))
+        return fail_not_finite(t, t->batch[place], err);
+    double now = fv_now();
+    record(t, &means, measures.norm, learning_rate(t->config, t->step), now - t->finished);
+    t->finished = now;
     t->step++;
-    *stop = means.stop > 0;
+    t->stop = t->stop || means.stop > 0;
+    t->save = t->save || means.save > 0;
+    doing(t, FV_COMPUTING);
     return FV_OK;
 }
 
 /* --- the job -------------------------------------------------------------------------------- */
 
-static bool due(const FvTrainer *t, size_t every) {
-    return t->step % every == 0 || t->step == t->config->steps;
+static bool due(const FvTrainer *t, uint64_t step, size_t every) {
+    return step % every == 0 || step == t->config->steps;
+}
+
+static bool checkpoint_due(const FvTrainer *t, uint64_t step) {
+    return step - t->checkpoint_step >= t->config->checkpoint_steps || step == t->config->steps;
 }
 
 static FvStatus measure_if_due(FvTrainer *t, FvError *err) {
-    if (due(t, t->config->eval_every))
+    if (due(t, t->step, t->config->eval_every))
         FV_TRY(fv_evaluate(t->evaluator, &t->history, t->step, err));
-    if (due(t, t->config->map_every))
+    if (due(t, t->step, t->config->map_every))
         FV_TRY(fv_map(t->evaluator, &t->history, t->step, err));
     return FV_OK;
 }
 
+/* Whether a step may be begun before the one before it is done: where the backend queues, and when
+ * nothing is to be done between the two. Every rank of a group answers alike. */
+static bool runs_ahead(const FvTrainer *t) {
+    uint64_t next = t->begun;
+    return t->recorded && !t->stop && !t->save && next < t->config->steps &&
+           !due(t, next, t->config->eval_every) && !due(t, next, t->config->map_every) &&
+           !checkpoint_due(t, next);
+}
+
+/* Between two steps, none of which is under way. */
+static FvStatus rest(FvTrainer *t, FvError *err) {
+    FV_TRY(measure_if_due(t, err));
+    if (t->save || t->stop || checkpoint_due(t, t->step)) {
+        FV_TRY(save_checkpoint(t, err));
+        FV_TRY(save_history(t, err));
+        t->save = false;
+    }
+    t->finished = fv_now();
+    return FV_OK;
+}
+
 static FvStatus train_loop(FvTrainer *t, FvError *err) {
-    bool stop = false;
     if (t->step == 0 && t->history.evals == 0)
         FV_TRY(measure_if_due(t, err));
-    t->rate_start = fv_now();
-    while (t->step < t->config->steps && !stop) {
-        FV_TRY(train_step(t, &stop, err));
-        FV_TRY(measure_if_due(t, err));
-        bool checkpoint = t->step - t->checkpoint_step >= t->config->checkpoint_steps ||
-                          fv_now() - t->last_checkpoint >= t->config->checkpoint_seconds;
-        if (checkpoint || stop || t->step == t->config->steps)
-            FV_TRY(save_checkpoint(t, err));
-        if (checkpoint || fv_now() - t->last_history >= history_seconds)
+    t->rate_start = t->finished = fv_now();
+    while (t->step < t->config->steps && !(t->stop && t->begun == t->step)) {
+        if (t->begun == t->step)
+            FV_TRY(begin_step(t, err));
+        if (t->begun == t->step + 1 && runs_ahead(t))
+            FV_TRY(begin_step(t, err));
+        FV_TRY(finish_step(t, err));
+        if (t->begun == t->step)
+            FV_TRY(rest(t, err));
+        if (fv_now() - t->last_history >= history_seconds)
             FV_TRY(save_history(t, err));
         if (fv_now() - t->last_report >= report_seconds)
             report(t, "");
     }
-    return stop && t->step < t->config->steps
+    return t->stop && t->step < t->config->steps
                ? FV_FAIL(err, FV_STOPPED, "stopped after step %" PRIu64, t->step)
                : FV_OK;
+}
+
+static FvStatus connect(FvTrainer *t, FvError *err) {
+    const FvRun *run = t->run;
+    const FvExchangeConfig config = {.comm = t->config->comm,
+                                     .world = run->world,
+                                     .group = run->group,
+                                     .slot = t->slot,
+                                     .device = &run->device,
+                                     .backend = t->be,
+                                     .link = run->link};
+    FV_TRY(fv_exchange_create(&config, &t->exchange, err));
+    fv_model_on_ready(t->model, fv_exchange_ready, t->exchange);
+    return FV_OK;
 }
 
 static FvStatus create(FvTrainer *t, FvError *err) {
@@ -382,8 +458,9 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     const FvDataInfo *data = fv_data_info(t->data);
     size_t max_text = strcmp(t->config->text, "captions") == 0 ? data->max_tokens : 1;
     FV_TRY(fv_config_model(t->config, run->group->size, max_text, &t->c, err));
-    FV_TRY(fv_device_open(&run->device, run->threads, &t->be, err));
+    FV_TRY(fv_device_open(&run->device, t->config->precision, run->threads, &t->be, err));
     FV_TRY(fv_model_create(&t->c, t->be, &t->model, err));
+    FV_TRY(connect(t, err));
     FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),
                              data->count[FV_HELD_OUT], t->c.frames, t->config->map_clips,
                              fv_grid(&t->c), &t->history, err));
@@ -392,7 +469,7 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     char study[8192];
     describe(t, study, sizeof study);
     FvParams *params = fv_model_params(t->model);
-    FV_TRY(fv_checkpointer_create(t->folder, study, params, t->be, FV_HISTORY_TENSORS,
+    FV_TRY(fv_checkpointer_create(t->folder, study, run->fence, params, t->be, FV_HISTORY_TENSORS,
                                   &t->checkpointer, err));
     t->info.parameters = params->total;
     t->info.trained = params->trained;
@@ -408,13 +485,15 @@ static FvStatus begin(FvTrainer *t, FvError *err) {
     FV_TRY(share(t, err));
     FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,
                            t->c.max_text, t->step, &t->loader, err));
-    t->rate_step = t->checkpoint_step = t->step;
+    t->rate_step = t->checkpoint_step = t->begun = t->step;
     t->started = t->rate_start = t->last_checkpoint = t->last_history = fv_now();
     t->info.state = FV_JOB_RUNNING;
-    char text[64] = "";
+    char text[256] = "";
+    const char *how = fv_exchange_text(t->exchange);
     if (t->step > 0)
-        snprintf(text, sizeof text, "goes on after step %" PRIu64, t->step);
-    report(t, text);
+        snprintf(text, sizeof text, "goes on after step %" PRIu64 "%s%s", t->step,
+                 how[0] ? "; " : "", how);
+    report(t, t->step > 0 ? text : how);
     return FV_OK;
 }
 
@@ -436,6 +515,7 @@ static FvStatus end(FvTrainer *t, FvStatus status, FvError *err) {
     if (status != FV_OK && t->info.state == FV_JOB_FINISHED)
         t->info.state = FV_JOB_FAILED;
     report(t, t->info.why);
+    doing(t, FV_IDLE);
     return status;
 }
 
@@ -444,9 +524,9 @@ static void destroy(FvTrainer *t) {
     fv_evaluator_destroy(t->evaluator);
     fv_checkpointer_destroy(t->checkpointer);
     fv_history_free(&t->history);
+    fv_exchange_destroy(t->exchange);
     fv_model_destroy(t->model);
     fv_backend_destroy(t->be);
-    free(t->staging);
 }
 
 FvStatus fv_train(const FvRun *run, size_t slot, size_t job, FvError *err) {

@@ -30,7 +30,7 @@ typedef struct Bench {
     FvEncoder e;
     FvEncoderWeights w;
     FvParams params;
-    void *memory, *gradients, *acts, *pixels, *dfeatures;
+    void *memory, *gradients, *acts, *operands, *pixels, *dfeatures;
     size_t features; /* elements of dfeatures */
 } Bench;
 
@@ -43,13 +43,15 @@ static FvStatus make(Bench *b, FvError *err) {
     fv_encoder_params(&b->w, v, b->e.trained ? FV_TRAINED : FV_FROZEN, false, "", &b->params);
     fv_encoder_carve(&b->e, &arena);
     b->features = v->frames * fv_vit_tokens(v) * v->width;
-    FV_TRY(b->be->ops->alloc(b->be, b->params.memory * sizeof(real), &b->memory, err));
+    FV_TRY(b->be->ops->alloc_weights(b->be, b->params.memory, &b->memory, err));
     FV_TRY(b->be->ops->alloc(b->be, b->params.trained_memory * sizeof(real), &b->gradients, err));
     FV_TRY(b->be->ops->alloc(b->be, arena.used, &b->acts, err));
+    FV_TRY(b->be->ops->alloc_operands(b->be, arena.operands_used, &b->operands, err));
     FV_TRY(b->be->ops->alloc(b->be, bytes, &b->pixels, err));
     FV_TRY(b->be->ops->alloc(b->be, b->features * sizeof(real), &b->dfeatures, err));
     fv_params_bind(&b->params, b->memory, b->gradients, NULL, NULL);
-    arena = (FvArena){.base = b->acts};
+    arena =
+        (FvArena){.base = b->acts, .operands = b->operands, .operand_bytes = b->be->operand_bytes};
     fv_encoder_carve(&b->e, &arena);
     b->e.pos = b->w.pos;
     return fv_params_init(&b->params, b->be, 1, NULL, err);
@@ -100,7 +102,7 @@ static FvStatus measure(Bench *b, double seconds, double *rate, FvError *err) {
 }
 
 static void release(Bench *b) {
-    void *blocks[] = {b->memory, b->gradients, b->acts, b->pixels, b->dfeatures};
+    void *blocks[] = {b->memory, b->gradients, b->acts, b->operands, b->pixels, b->dfeatures};
     for (size_t i = 0; b->be && i < sizeof blocks / sizeof *blocks; i++)
         if (blocks[i])
             b->be->ops->release(b->be, blocks[i]);

@@ -147,8 +147,9 @@ static void norm(Bench *b, const Shape *s) {
 
 static void adamw(Bench *b, const Shape *s) {
     FvAdamW a = {1e-6, 0.9, 0.999, 1e-8, 0.01, 1, 9};
-    double one = 1;
-    b->ops->adamw(b->be, &a, s->a, &one, b->t[0], b->t[5], b->t[6], b->t[4]);
+    double norm[2] = {1, 0}, rates[FV_RATES];
+    fv_adamw_rates(&a, rates);
+    b->ops->adamw(b->be, &a, rates, s->a, norm, b->t[0], b->t[5], b->t[6], b->t[4]);
 }
 
 /* --- what is timed ---------------------------------------------------------------------------- */

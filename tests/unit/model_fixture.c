@@ -159,8 +159,14 @@ void fixture_randomize(Fixture *f, uint64_t seed) {
 
 Fixture fixture_create(const FvModelConfig *c, size_t threads, uint64_t seed, size_t first_clip) {
     FvError err = {0};
-    Fixture f = {.c = *c, .batch = fixture_batch_create(c)};
-    succeeds(tested_backend_create(threads, &f.be, &err), &err);
+    FvBackend *be;
+    succeeds(tested_backend_create(threads, &be, &err), &err);
+    return fixture_create_on(be, c, seed, first_clip);
+}
+
+Fixture fixture_create_on(FvBackend *be, const FvModelConfig *c, uint64_t seed, size_t first_clip) {
+    FvError err = {0};
+    Fixture f = {.c = *c, .be = be, .batch = fixture_batch_create(c)};
     succeeds(fv_model_create(c, f.be, &f.model, &err), &err);
     fixture_randomize(&f, seed);
     for (size_t b = 0; b < c->clips; b++)
@@ -203,6 +209,7 @@ void fixture_train(Fixture *f, size_t steps) {
         FvAdamW adamw = fixture_adamw(step);
         fixture_forward_and_back(f);
         fv_model_norm(f->model);
+        fv_model_rates(f->model, &adamw);
         fv_model_update(f->model, &adamw);
     }
 }

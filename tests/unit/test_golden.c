@@ -477,6 +477,7 @@ static void test_training(void **state) {
         if (step == 0)
             failed += compare_gradients(&run);
         run.adamw.step = step + 1;
+        fv_model_rates(m, &run.adamw);
         fv_model_update(m, &run.adamw);
     }
     failed += compare_series(&run);

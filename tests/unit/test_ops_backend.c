@@ -105,7 +105,7 @@ static void run_loss(Testing *t) {
     enum { FRAMES = 16, N = 4001, ALL = FRAMES * N };
     real *x = testing_random(t, ALL, 1), *y = testing_random(t, ALL, 1);
     real *p = testing_random(t, ALL, 1), *m = testing_filled(t, ALL, 0);
-    double value[FRAMES], norm;
+    double value[FRAMES], norm[2] = {0}, rates[FV_RATES];
     t->ops->mse(t->be, FRAMES, N, x, y, value);
     keep_doubles(t, FRAMES, value);
     t->ops->mse_back(t->be, FRAMES, N, 0.5, x, y, testing_tensor(t, ALL));
@@ -119,10 +119,11 @@ static void run_loss(Testing *t) {
     t->ops->entropy(t->be, FRAMES, 1, N, probs, value);
     keep_doubles(t, FRAMES, value);
     t->ops->entropy_back(t->be, FRAMES, 1, N, probs, value, testing_tensor(t, ALL));
-    t->ops->norm(t->be, ALL, x, &norm);
-    keep_doubles(t, 1, &norm);
+    t->ops->norm(t->be, ALL, x, norm);
+    keep_doubles(t, 2, norm);
     FvAdamW a = {0.01, 0.9, 0.999, 1e-8, 0.1, 1, 3};
-    t->ops->adamw(t->be, &a, ALL, &norm, x, p, m, testing_filled(t, ALL, 1));
+    fv_adamw_rates(&a, rates);
+    t->ops->adamw(t->be, &a, rates, ALL, norm, x, p, m, testing_filled(t, ALL, 1));
 }
 
 static void any_number_of_threads_gives_the_same_bits(void **state) {

@@ -33,7 +33,7 @@ static void mse_and_its_gradient(void **state) {
     Testing *t = *state;
     const double weight[3] = {0.7, 0.7, 0.7};
     for (size_t n = 1; n < 50; n += 11) {
-        double value[3], size;
+        double *value = testing_doubles(t, 3, NULL), size;
         Call c = {.t = t, .rows = 3, .n = n, .value = value, .weight = weight};
         c.x = testing_random(t, 3 * n, 1), c.y = testing_random(t, 3 * n, 1);
         mse_loss(&c, &size);
@@ -61,7 +61,7 @@ static void cosine_and_its_gradients(void **state) {
     Testing *t = *state;
     const double weight[2] = {-0.6, -0.6};
     for (size_t n = 1; n < 50; n += 11) {
-        double value[2], size;
+        double *value = testing_doubles(t, 2, NULL), size;
         Call c = {.t = t, .rows = 2, .n = n, .value = value, .weight = weight};
         c.x = testing_random(t, 2 * n, 1), c.y = testing_random(t, 2 * n, 1);
         cosine_loss(&c, &size);
@@ -118,7 +118,7 @@ static double entropy_loss(void *context, double *size) {
 static void entropy_and_its_gradient(void **state) {
     Testing *t = *state;
     const double weight[FRAMES] = {1, -0.5, 0.25, 2};
-    double value[FRAMES], size;
+    double *value = testing_doubles(t, FRAMES, NULL), size;
     Call c = {.t = t, .value = value, .weight = weight};
     c.x = testing_tensor(t, FRAMES * HEADS * KEYS);
     for (size_t i = 0; i < FRAMES * HEADS * KEYS; i++) /* away from 0, where log is steep */
@@ -131,7 +131,7 @@ static void entropy_and_its_gradient(void **state) {
         testing_close("entropy", f, value[f], want, 1e-14);
     }
     real *dx = testing_tensor(t, FRAMES * HEADS * KEYS);
-    t->ops->entropy_back(t->be, FRAMES, HEADS, KEYS, c.x, weight, dx);
+    t->ops->entropy_back(t->be, FRAMES, HEADS, KEYS, c.x, testing_doubles(t, FRAMES, weight), dx);
     testing_gradients(entropy_loss, &c, 1,
                       &(Gradient){"dprobs", FRAMES * HEADS * KEYS, c.x, dx, 0});
 }
@@ -139,24 +139,25 @@ static void entropy_and_its_gradient(void **state) {
 static void entropy_of_certainty_is_zero(void **state) {
     Testing *t = *state;
     real *p = testing_filled(t, KEYS, 0), *dp = testing_tensor(t, KEYS);
-    double value, one = 1;
+    double *value = testing_doubles(t, 1, NULL), *one = testing_doubles(t, 1, (double[]){1});
     p[3] = 1;
-    t->ops->entropy(t->be, 1, 1, KEYS, p, &value);
-    t->ops->entropy_back(t->be, 1, 1, KEYS, p, &one, dp);
-    testing_close("entropy", 0, value, 0, 0);
+    t->ops->entropy(t->be, 1, 1, KEYS, p, value);
+    t->ops->entropy_back(t->be, 1, 1, KEYS, p, one, dp);
+    testing_close("entropy", 0, *value, 0, 0);
     for (size_t i = 0; i < KEYS; i++)
         testing_close("dprobs", i, (double)dp[i], i == 3 ? -1 : 0, 0);
     p[1] = (real)NAN;
-    t->ops->entropy(t->be, 1, 1, KEYS, p, &value);
-    assert_true(isnan(value));
+    t->ops->entropy(t->be, 1, 1, KEYS, p, value);
+    assert_true(isnan(*value));
 }
 
 static void entropy_hinge_is_active_above_zero_only(void **state) {
     Testing *t = *state;
     enum { CLIPS = 3, T = 2 };
-    const double fine[CLIPS * T] = {1, 2, 0.5, 0.5, 3, 3};
-    const double coarse[CLIPS * T] = {1, 1, 2, 2, 3, NAN};
-    double hinge[CLIPS], dfine[CLIPS * T], dcoarse[CLIPS * T];
+    double *fine = testing_doubles(t, CLIPS * T, (double[]){1, 2, 0.5, 0.5, 3, 3});
+    double *coarse = testing_doubles(t, CLIPS * T, (double[]){1, 1, 2, 2, 3, NAN});
+    double *hinge = testing_doubles(t, CLIPS, NULL), *dfine = testing_doubles(t, CLIPS * T, NULL);
+    double *dcoarse = testing_doubles(t, CLIPS * T, NULL);
     t->ops->entropy_hinge(t->be, CLIPS, T, fine, coarse, 0.25, 0.1, hinge, dfine, dcoarse);
     testing_close("hinge", 0, hinge[0], 0.75, 1e-15);
     testing_close("hinge", 1, hinge[1], 0, 0);
@@ -175,15 +176,26 @@ static void norm_is_the_root_of_the_sum_of_squares(void **state) {
     const size_t sizes[] = {1, 7, 1000, 100003};
     for (size_t k = 0; k < 4; k++) {
         real *x = testing_random(t, sizes[k], 3);
-        double norm, want = 0;
+        double *norm = testing_doubles(t, 2, (double[]){NAN, 0}), want = 0;
         for (size_t i = 0; i < sizes[k]; i++)
             want += (double)x[i] * (double)x[i];
-        t->ops->norm(t->be, sizes[k], x, &norm);
-        testing_close("norm", k, norm, sqrt(want), 2.3e-16 * (double)sizes[k] * sqrt(want));
-        x[sizes[k] - 1] = (real)NAN;
-        t->ops->norm(t->be, sizes[k], x, &norm);
-        assert_true(isnan(norm));
+        t->ops->norm(t->be, sizes[k], x, norm);
+        testing_close("norm", k, norm[0], sqrt(want), 2.3e-16 * (double)sizes[k] * sqrt(want));
+        testing_close("no bad norm so far", k, norm[1], 0, 0);
+        x[sizes[k] - 1] = k % 2 ? (real)NAN : (real)INFINITY;
+        t->ops->norm(t->be, sizes[k], x, norm);
+        assert_false(isfinite(norm[0]));
+        x[sizes[k] - 1] = 0;
+        t->ops->norm(t->be, sizes[k], x, norm);
+        assert_true(isfinite(norm[0]));
+        assert_true(isnan(norm[1])); /* and stays */
     }
+}
+
+static const double *rates_of(Testing *t, const FvAdamW *a) {
+    double rates[FV_RATES];
+    fv_adamw_rates(a, rates);
+    return testing_doubles(t, FV_RATES, rates);
 }
 
 /* Five steps of PyTorch's AdamW written out in double, the gradient clipped in some. */
@@ -203,11 +215,11 @@ static void adamw_follows_its_definition(void **state) {
                      .weight_decay = 0.1,
                      .clip_norm = 1,
                      .step = step};
-        double norm;
-        t->ops->norm(t->be, N, g, &norm);
-        t->ops->adamw(t->be, &a, N, &norm, g, p, m, v);
+        double *norm = testing_doubles(t, 2, (double[]){NAN, 0});
+        t->ops->norm(t->be, N, g, norm);
+        t->ops->adamw(t->be, &a, rates_of(t, &a), N, norm, g, p, m, v);
         for (size_t i = 0; i < N; i++) {
-            double d = (double)g[i] * fmin(1, 1 / (norm + 1e-6));
+            double d = (double)g[i] * fmin(1, 1 / (norm[0] + 1e-6));
             wp[i] -= 0.01 * 0.1 * wp[i];
             wm[i] = 0.9 * wm[i] + (1 - 0.9) * d;
             wv[i] = 0.999 * wv[i] + (1 - 0.999) * d * d;
@@ -224,13 +236,13 @@ static void adamw_follows_its_definition(void **state) {
 static void adamw_leaves_everything_alone_after_a_bad_norm(void **state) {
     Testing *t = *state;
     enum { N = 20 };
-    const double bad[] = {NAN, INFINITY, -INFINITY};
+    const double bad[][2] = {{NAN, 0}, {INFINITY, 0}, {-INFINITY, 0}, {1, NAN}};
     real *g = testing_random(t, N, 1), *p = testing_random(t, N, 1), *m = testing_random(t, N, 1);
     real *v = testing_filled(t, N, 2);
     real *p0 = testing_copy(t, N, p), *m0 = testing_copy(t, N, m), *v0 = testing_copy(t, N, v);
     FvAdamW a = {0.01, 0.9, 0.999, 1e-8, 0.1, 1, 1};
-    for (size_t k = 0; k < 3; k++) {
-        t->ops->adamw(t->be, &a, N, &bad[k], g, p, m, v);
+    for (size_t k = 0; k < 4; k++) {
+        t->ops->adamw(t->be, &a, rates_of(t, &a), N, testing_doubles(t, 2, bad[k]), g, p, m, v);
         testing_same("p", N, p, p0);
         testing_same("m", N, m, m0);
         testing_same("v", N, v, v0);

@@ -107,6 +107,14 @@ static inline real *testing_copy(Testing *t, size_t n, const real *x) {
     return y;
 }
 
+/* Doubles in the backend's memory, NaN without values. */
+static inline double *testing_doubles(Testing *t, size_t n, const double *values) {
+    double *x = (double *)(void *)testing_tensor(t, n * sizeof(double) / sizeof(real));
+    if (values)
+        memcpy(x, values, n * sizeof *x);
+    return x;
+}
+
 /* --- comparisons ------------------------------------------------------------------------------ */
 
 static inline void testing_close(const char *what, size_t at, double got, double want,
