@@ -228,7 +228,7 @@ F32_TESTS := $(TESTS:tests/unit/%.c=$(B)/f32/%)
 F64_TESTS := $(TESTS_F64:tests/unit/%.c=$(B)/f64/%)
 # test_step_memory.c counts allocations in a way that the sanitizers' allocator does not allow.
 SAN_TESTS := $(filter-out %/test_step_memory,$(TESTS:tests/unit/%.c=$(B)/san/%))
-tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(FUZZERS)
+tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(B)/host/compare_ops $(FUZZERS)
 
 sanitize: $(SAN_TESTS)
 	@tests/run sanitize
