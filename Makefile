@@ -157,7 +157,7 @@ $(eval $(call HOST_VARIANT,hostfast,$(PARTS_F64:%.c=$(B)/f32/%.o)))
 
 $(B)/hostfast/fovea: $(patsubst %,$(B)/hostfast/%.o,$(ALL_CUDA) $(HOST_SHIM) $(CUDA_USERS)) $(OTHER_OBJECTS)
 	$(CXX) $(FLAGS_hostfast) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
-$(B)/host/compare_ops: $(B)/host/tests/gpu/compare_ops.c.o $(patsubst %,$(B)/host/%.o,$(ALL_CUDA) $(HOST_SHIM) $(PARTS_F64))
+$(B)/host/compare_ops: $(patsubst %,$(B)/host/%.o,tests/gpu/compare_ops.c $(ALL_CUDA) $(HOST_SHIM) $(PARTS_F64))
 	$(CXX) $(FLAGS_host) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
 
 # --- for a machine with a GPU -----------------------------------------------------------------------
@@ -235,7 +235,7 @@ F32_TESTS := $(TESTS:tests/unit/%.c=$(B)/f32/%)
 F64_TESTS := $(TESTS_F64:tests/unit/%.c=$(B)/f64/%)
 # test_step_memory.c counts allocations in a way that the sanitizers' allocator does not allow.
 SAN_TESTS := $(filter-out %/test_step_memory,$(TESTS:tests/unit/%.c=$(B)/san/%))
-tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(FUZZERS)
+tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(B)/host/compare_ops $(FUZZERS)
 
 sanitize: $(SAN_TESTS)
 	@tests/run sanitize
