@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The whole program with the CUDA backend, its kernels on the CPU (tests/cuda_host): the losses of
 # --device cpu within rounding, with one rank, with two on one GPU and with a GPU each, also when the
-# GPU is behind the host; NCCL's
-# stand-in among ranks.
+# GPU is behind the host; NCCL's stand-in among ranks.
 . tests/integration/common
 host=${B:-build}/hostfast
 [ -x "$host/fovea" ] || fail "$host/fovea was not built"
