@@ -27,6 +27,7 @@ export CC WERROR CUDA
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: all run test tests bench soak weights info help clean sanitize fuzz fuzz-build FORCE \
+        bundle gpu-tests bench-gpu study-gpu \
         format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
 C_FILES := $(SOURCES) $(wildcard src/*/*.h cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/cuda_host/* tests/unit/*.[ch] tests/fuzz/*.[ch] \
-                                tests/speed/*.c tests/reference/*.c)
+                                tests/speed/*.c tests/reference/*.c tests/gpu/*.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
 FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c src/run/fence.c \
@@ -156,6 +157,42 @@ $(eval $(call HOST_VARIANT,hostfast,$(PARTS_F64:%.c=$(B)/f32/%.o)))
 
 $(B)/hostfast/fovea: $(patsubst %,$(B)/hostfast/%.o,$(ALL_CUDA) $(HOST_SHIM) $(CUDA_USERS)) $(OTHER_OBJECTS)
 	$(CXX) $(FLAGS_hostfast) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
+$(B)/host/compare_ops: $(B)/host/tests/gpu/compare_ops.c.o $(patsubst %,$(B)/host/%.o,$(ALL_CUDA) $(HOST_SHIM) $(PARTS_F64))
+	$(CXX) $(FLAGS_host) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
+
+# --- for a machine with a GPU -----------------------------------------------------------------------
+# The tests of operations and model on the CUDA backend, and a folder that runs where the libraries
+# are missing; without FFmpeg, whose libraries need a hundred others: no `fovea prepare` of videos.
+GPU_TESTS := $(patsubst tests/unit/%.c,$(B)/gpu/%,$(filter-out %/test_ops_backend.c,$(TESTS_F64)))
+GPU_PROGRAMS := $(B)/gpu/compare_ops $(B)/gpu/bench_encoder
+GPU_PARTS := $(CUDA_SOURCES:%=$(B)/gpu/%.o) $(PARTS_F64:%.c=$(B)/f32/%.o)
+LINK_GPU = $(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) $(NCCL_LIBS) $(CUDA_LIBS) -o $@
+$(B)/gpu/tests/unit/%.c.o: CPPFLAGS += -DFV_TEST_CUDA
+$(B)/gpu/src/run/video.c.o: CPPFLAGS += -UFV_FFMPEG
+$(B)/gpu/test_%: $(B)/gpu/tests/unit/test_%.c.o $(SHARED:%=$(B)/gpu/%.o) $(GPU_PARTS)
+	$(LINK_GPU)
+$(B)/gpu/compare_ops: $(B)/gpu/tests/gpu/compare_ops.c.o $(GPU_PARTS)
+	$(LINK_GPU)
+$(B)/gpu/bench_encoder: $(B)/gpu/tests/speed/bench_encoder.c.o $(GPU_PARTS)
+	$(LINK_GPU)
+$(B)/gpu/fovea: $(filter-out %/video.o,$(OBJECTS)) $(B)/gpu/src/run/video.c.o
+	$(LINK_GPU)
+# Stands in front of functions of the CUDA runtime, found by dlsym.
+$(B)/gpu/count_calls.so: tests/gpu/count_calls.c $(B)/config.mk
+	@mkdir -p $(@D)
+	$(CC) -shared -fPIC $(LANGUAGE) -Wno-pedantic $(CFLAGS) $(CPPFLAGS) $(CUDA_CFLAGS) $< -Wl,-z,lazy -o $@
+
+gpu-tests: $(GPU_TESTS) $(GPU_PROGRAMS) $(B)/gpu/count_calls.so
+
+bench-gpu: all gpu-tests
+	$(or $(TORCH_PYTHON),python3) tests/bench_gpu
+
+study-gpu: all
+	$(or $(TORCH_PYTHON),python3) tests/bench_gpu --study
+
+bundle: $(if $(CUDA_FOUND),$(B)/gpu/fovea gpu-tests)
+	@$(if $(CUDA_FOUND),,echo "make bundle: no CUDA Toolkit was found, see 'make info'" && exit 1)
+	@scripts/bundle $(B)/bundle $(B)/gpu/fovea $(GPU_TESTS) $(GPU_PROGRAMS) $(B)/gpu/count_calls.so
 
 # --- running -------------------------------------------------------------------------------------
 run:
@@ -240,6 +277,8 @@ help:
 	@echo "make weights    fetch the published checkpoints into models/ (docs/weights.md)"
 	@echo "make info       what was found, what was not and what that turns off"
 	@echo "make bench      speed: every operation, steps per second, the whole study"
+	@echo "make bench-gpu  speed on a GPU beside PyTorch; make study-gpu: the whole study there"
+	@echo "make bundle     a folder that runs on a GPU machine without the libraries (docs/gpu.md)"
 	@echo "make soak       long runs that are killed and started again; then fuzzing, an hour"
 	@echo "                for each reader, as many at once as there are cores; SECONDS=3600"
 	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"

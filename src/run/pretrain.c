@@ -222,6 +222,7 @@ static FvStatus restore(Pretrain *p, FvError *err) {
     }
     FV_TRY(fv_group_broadcast(&p->group, 0, &p->step, sizeof p->step, err));
     FV_TRY(fv_group_broadcast(&p->group, 0, params->w, params->memory * sizeof(real), err));
+    p->be->ops->weights_changed(p->be, params->memory, params->w);
     FV_TRY(fv_group_broadcast(&p->group, 0, params->m, params->trained_memory * sizeof(real), err));
     return fv_group_broadcast(&p->group, 0, params->v, params->trained_memory * sizeof(real), err);
 }

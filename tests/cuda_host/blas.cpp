@@ -167,8 +167,10 @@ cublasStatus_t cublasSetWorkspace(cublasHandle_t blas, void *p, size_t bytes) {
 }
 
 cublasStatus_t cublasSetMathMode(cublasHandle_t blas, cublasMath_t mode) {
-    return blas && mode == CUBLAS_DEFAULT_MATH ? CUBLAS_STATUS_SUCCESS
-                                               : CUBLAS_STATUS_INVALID_VALUE;
+    return blas && (mode == CUBLAS_DEFAULT_MATH ||
+                    mode == CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)
+               ? CUBLAS_STATUS_SUCCESS
+               : CUBLAS_STATUS_INVALID_VALUE;
 }
 
 cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t ta, cublasOperation_t tb, int m,

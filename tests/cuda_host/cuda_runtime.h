@@ -173,20 +173,20 @@ template <typename T> static inline T __shfl_down_sync(unsigned, T value, unsign
     return host_shuffle(value, host_lane() + n < 32 ? host_lane() + n : host_lane());
 }
 
-/* The arguments as the kernel's parameters: they are taken when it is launched, not when it runs.
- */
-template <typename... P, typename... A>
-static inline cudaError_t host_call(const char *name, void (*kernel)(P...), dim3 grid, dim3 block,
+/* The arguments are taken when the kernel is launched, not when it runs. */
+template <typename Kernel, typename... A>
+static inline cudaError_t host_call(const char *name, Kernel kernel, dim3 grid, dim3 block,
                                     size_t shared, cudaStream_t stream, A... arguments) {
     return host_launch(
         name, grid, block, shared, stream,
-        [kernel, values = std::tuple<P...>(arguments...)] { std::apply(kernel, values); });
+        [kernel, values = std::tuple<A...>(arguments...)] { std::apply(kernel, values); });
 }
 
 #define FV_LAUNCH(cuda, kernel, blocks, threads, shared, ...)                                      \
     do {                                                                                           \
-        host_call(__FILE__ ":" #kernel, kernel, (blocks), (threads), (shared), (cuda)->stream,     \
-                  __VA_ARGS__);                                                                    \
+        host_call(                                                                                 \
+            __FILE__ ":" #kernel, [](auto... host_values) { kernel(host_values...); }, (blocks),   \
+            (threads), (shared), (cuda)->stream, __VA_ARGS__);                                     \
         fv_cuda_ok((cuda), cudaGetLastError(), #kernel);                                           \
     } while (0)
 #define FV_SHARED(type, name) type *name = (type *)host_shared()
