@@ -27,16 +27,16 @@ device() {
 
 run_tiny "$TMPDIR/cpu" --device cpu
 run_tiny "$TMPDIR/cpu-some" --device cpu --only $some
-on_gpus 1 1
+on_gpus 1 1 precision=fp32
 device 1 1 0 00
 compare "$TMPDIR/cuda-1-1/results.h5" --complete
 compare "$TMPDIR/cpu/results.h5" "$TMPDIR/cuda-1-1/results.h5" --close
 mv "$TMPDIR/cuda-1-1" "$TMPDIR/alone"
-on_gpus 1 2 --only $some --ranks-per-experiment 2
+on_gpus 1 2 --only $some --ranks-per-experiment 2 precision=fp32
 device 2 1 0 00
 device 2 1 1 00
 compare "$TMPDIR/cpu-some/results.h5" "$TMPDIR/cuda-1-2/results.h5" --close
-on_gpus 2 2 --only $some --ranks-per-experiment 2
+on_gpus 2 2 --only $some --ranks-per-experiment 2 precision=fp32
 device 2 2 0 00
 device 2 2 1 01
 compare "$TMPDIR/cuda-1-2/results.h5" "$TMPDIR/cuda-2-2/results.h5"
@@ -45,7 +45,8 @@ grep -q "gradients over MPI: ranks 0 and 1 of the group share the GPU" "$TMPDIR/
     fail "two ranks on one GPU do not say how they average"
 grep -q "gradients over NCCL" "$TMPDIR/cuda-2-2.log" || fail "ranks with a GPU each do without NCCL"
 
-# A recorded step, over NCCL too, is the queued one.
+# A recorded step, over NCCL too, is the queued one; in bf16.
+on_gpus 2 2 --only $some --ranks-per-experiment 2
 mv "$TMPDIR/cuda-2-2" "$TMPDIR/recorded"
 on_gpus 2 2 --only $some --ranks-per-experiment 2 graph=false
 compare "$TMPDIR/recorded/results.h5" "$TMPDIR/cuda-2-2/results.h5"
@@ -56,7 +57,7 @@ for graph in true false; do
     on_gpus 2 2 --only $some --ranks-per-experiment 2 graph=$graph
     compare "$TMPDIR/recorded/results.h5" "$TMPDIR/cuda-2-2/results.h5"
 done
-on_gpus 1 1 --jobs-per-rank 7
+on_gpus 1 1 --jobs-per-rank 7 precision=fp32
 compare "$TMPDIR/alone/results.h5" "$TMPDIR/cuda-1-1/results.h5"
 unset CUDA_HOST_LATE
 
@@ -69,7 +70,7 @@ expect 5 'comm=nccl: ranks 0 and 1 of the group share the GPU .* use comm=auto o
 on_gpus_of_their_own='CUDA_VISIBLE_DEVICES=$((3 - OMPI_COMM_WORLD_RANK)) exec "$@"'
 CUDA_HOST_DEVICES=4 mpirun --oversubscribe -np 2 sh -c "$on_gpus_of_their_own" sh "$host/fovea" \
     "$tiny" --device cuda --out "$TMPDIR/own" --only $some --ranks-per-experiment 2 \
-    >"$TMPDIR/cuda-1-2.log" 2>&1 || fail "a GPU shown to each rank"
+    precision=fp32 >"$TMPDIR/cuda-1-2.log" 2>&1 || fail "a GPU shown to each rank"
 device 2 1 0 03
 device 2 1 1 02
 compare "$TMPDIR/cuda-1-2/results.h5" "$TMPDIR/own/results.h5"
