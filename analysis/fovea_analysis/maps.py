@@ -234,8 +234,8 @@ def apart(maps, folder):
                 "clip's queries tells which."),
         Picture("apart_maps.png",
                 "The frame in which each experiment's passes look farthest apart. In the last "
-                "column orange and + is where the fine query looks more, purple and − where less; "
-                "its colours are scaled for each row.")]
+                "column orange and + is where the fine query looks more, purple and − where "
+                "less; its colours are scaled for each row.")]
 
 
 def animation(maps, clip, folder, name="attention.gif"):
