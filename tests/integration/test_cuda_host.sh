@@ -28,16 +28,16 @@ device() {
 
 run_tiny "$TMPDIR/cpu" --device cpu
 run_tiny "$TMPDIR/cpu-some" --device cpu --only $some
-on_gpus 1 1 precision=fp32
+on_gpus 1 1
 device 1 1 0 00
 compare "$TMPDIR/cuda-1-1/results.h5" --complete
 compare "$TMPDIR/cpu/results.h5" "$TMPDIR/cuda-1-1/results.h5" --close
 mv "$TMPDIR/cuda-1-1" "$TMPDIR/alone"
-on_gpus 1 2 --only $some --ranks-per-experiment 2 precision=fp32
+on_gpus 1 2 --only $some --ranks-per-experiment 2
 device 2 1 0 00
 device 2 1 1 00
 compare "$TMPDIR/cpu-some/results.h5" "$TMPDIR/cuda-1-2/results.h5" --close
-on_gpus 2 2 --only $some --ranks-per-experiment 2 precision=fp32
+on_gpus 2 2 --only $some --ranks-per-experiment 2
 device 2 2 0 00
 device 2 2 1 01
 compare "$TMPDIR/cuda-1-2/results.h5" "$TMPDIR/cuda-2-2/results.h5"
@@ -47,6 +47,7 @@ grep -q "gradients over MPI: ranks 0 and 1 of the group share the GPU" "$TMPDIR/
 grep -q "gradients over NCCL" "$TMPDIR/cuda-2-2.log" || fail "ranks with a GPU each do without NCCL"
 
 # A recorded step, over NCCL too, is the queued one; in bf16.
+precision=bf16
 on_gpus 2 2 --only $some --ranks-per-experiment 2
 mv "$TMPDIR/cuda-2-2" "$TMPDIR/recorded"
 on_gpus 2 2 --only $some --ranks-per-experiment 2 graph=false
@@ -58,9 +59,10 @@ for graph in true false; do
     on_gpus 2 2 --only $some --ranks-per-experiment 2 graph=$graph
     compare "$TMPDIR/recorded/results.h5" "$TMPDIR/cuda-2-2/results.h5"
 done
-on_gpus 1 1 --jobs-per-rank 7 precision=fp32
+precision=fp32
+on_gpus 1 1 --jobs-per-rank 7
 compare "$TMPDIR/alone/results.h5" "$TMPDIR/cuda-1-1/results.h5"
-unset CUDA_HOST_LATE
+unset CUDA_HOST_LATE precision
 
 expect 5 'comm=nccl: ranks 0 and 1 of the group share the GPU .* use comm=auto or comm=mpi' \
     env CUDA_HOST_DEVICES=1 mpirun --oversubscribe -np 2 "$host/fovea" "$tiny" --device cuda \
