@@ -80,6 +80,14 @@ static void cuda_release(FvBackend *backend, void *p) {
     fv_cuda_ok(fv_cuda(backend), cudaFree(p), "freeing memory");
 }
 
+static size_t cuda_memory_left(FvBackend *backend) {
+    FvCuda *cuda = fv_cuda(backend);
+    size_t left = 0, whole;
+    if (fv_cuda_ok(cuda, cudaSetDevice(cuda->device), "choosing the GPU"))
+        fv_cuda_ok(cuda, cudaMemGetInfo(&left, &whole), "asking for free memory");
+    return left;
+}
+
 /* --- transfers ------------------------------------------------------------------------------- */
 
 static FvStatus cuda_host_alloc(FvBackend *backend, size_t bytes, void **out, FvError *err) {
@@ -182,6 +190,18 @@ static void cuda_copy(FvBackend *backend, size_t n, const real *x, real *y) {
 }
 
 /* --- the queue ------------------------------------------------------------------------------- */
+
+/* One of the two may be what another backend of the device has allocated. */
+static void cuda_copy_operands(FvBackend *backend, size_t n, const real *x, real *y) {
+    FvCuda *cuda = fv_cuda(backend);
+    if (cuda->bf16 && !fv_cuda_is_operand(cuda, x) && !fv_cuda_is_operand(cuda, y))
+        fv_cuda_fail(cuda, "copy_operands", "was given no operand tensor");
+    else if (n > 0)
+        fv_cuda_ok(cuda,
+                   cudaMemcpyAsync(y, x, n * backend->operand_bytes, cudaMemcpyDeviceToDevice,
+                                   cuda->stream),
+                   "copying on the GPU");
+}
 
 static FvStatus report_failure(FvCuda *cuda, FvError *err) {
     if (!cuda->failure[0])
@@ -298,6 +318,7 @@ static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .alloc_weights = fv_cuda_alloc_weights,
                                .weights_changed = fv_cuda_weights_changed,
                                .release = cuda_release,
+                               .memory_left = cuda_memory_left,
                                .upload = cuda_upload,
                                .download = cuda_download,
                                .zero = cuda_zero,
@@ -312,6 +333,7 @@ static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .recorded = cuda_recorded,
                                .replay = cuda_replay,
                                .copy = cuda_copy,
+                               .copy_operands = cuda_copy_operands,
                                FV_CUDA_OPS(FV_CUDA_ENTRY)};
 
 size_t fv_cuda_devices(char *why, size_t size) {

@@ -33,3 +33,18 @@ void fv_cuda_gemm_batch(FvCuda *cuda, const FvGemm *g, bool short_operands, bool
                                      CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
                  "batched matrix product");
 }
+
+void fv_cuda_gemm_strided(FvCuda *cuda, const FvGemm *g, size_t count, const void *a,
+                          size_t a_stride, const void *b, size_t b_stride, float *c,
+                          size_t c_stride) {
+    if (g->m == 0 || g->n == 0 || count == 0)
+        return;
+    fv_cublas_ok(cuda,
+                 cublasGemmStridedBatchedEx(
+                     cuda->blas, transposed(g->trans_b), transposed(g->trans_a), (int)g->n,
+                     (int)g->m, (int)g->k, &g->alpha, b, FV_TYPE(cuda->bf16), (int)g->ldb,
+                     (long long)b_stride, a, FV_TYPE(cuda->bf16), (int)g->lda, (long long)a_stride,
+                     &g->beta, c, CUDA_R_32F, (int)g->ldc, (long long)c_stride, (int)count,
+                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                 "matrix product per head");
+}

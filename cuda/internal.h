@@ -81,6 +81,10 @@ void fv_cuda_gemm(FvCuda *, const FvGemm *, const void *a, const void *b, float 
 void fv_cuda_gemm_batch(FvCuda *, const FvGemm *, bool short_operands, bool short_result,
                         size_t count, void *const *a, void *const *b, void *const *c);
 
+/* `count` products as fv_cuda_gemm's whose operands lie at equal distances. */
+void fv_cuda_gemm_strided(FvCuda *, const FvGemm *, size_t count, const void *a, size_t a_stride,
+                          const void *b, size_t b_stride, float *c, size_t c_stride);
+
 /* --- operands.cu: in fp32 mode all is float, and these do nothing ------------------------------
  */
 
@@ -127,14 +131,14 @@ const void *fv_cuda_gradient(FvCuda *, size_t rows, size_t width, const float *d
     X(add) X(copy_rows) X(residual) X(residual_back)                                               \
     X(gelu_back) X(relu) X(relu_back) X(swiglu_back)                                               \
     X(layernorm_back) X(rmsnorm_back) X(rescale) X(rescale_back)                                   \
-    X(attention_back) X(query_back) X(rope) X(tokens) X(tokens_back) X(film) X(film_back)          \
+    X(attention_back) X(rope) X(tokens) X(tokens_back) X(film) X(film_back)                        \
     X(mse) X(mse_back) X(cosine) X(cosine_back) X(entropy) X(entropy_back) X(entropy_hinge)        \
     X(normalize) X(normalize_back) X(softmax) X(cross_entropy) X(cross_entropy_back) X(approach)   \
     X(norm) X(adamw)
 #define FV_CUDA_OPS(X)                                                                             \
     FV_CUDA_FLOAT_OPS(X)                                                                           \
-    X(linear) X(linear_back) X(gelu) X(swiglu) X(layernorm) X(rmsnorm)                             \
-    X(attention) X(query) X(patchify) X(conv) X(conv_back) X(first_nonfinite)
+    X(linear) X(linear_back) X(head_linear) X(head_linear_back)                                    \
+    X(gelu) X(swiglu) X(layernorm) X(rmsnorm) X(attention) X(query) X(query_back) X(patchify) X(conv) X(conv_back) X(first_nonfinite)
 /* clang-format on */
 #define FV_CUDA_PROTOTYPE(name) extern __typeof__(*((FvOps *)0)->name) fv_cuda_##name;
 FV_CUDA_OPS(FV_CUDA_PROTOTYPE)

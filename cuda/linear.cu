@@ -1,5 +1,5 @@
-/* Dense layers: cuBLAS products, and the bias and its gradient. In bf16 mode each operand that is
- * not in bfloat16 already is rounded once for all products of the call. */
+/* Dense layers, whole or one per head: cuBLAS products, and the bias and its gradient. In bf16 mode
+ * each operand that is not in bfloat16 already is rounded once for all products of the call. */
 #include "cuda/kernel.cuh"
 
 static __global__ void fill_rows(size_t n, size_t width, const float *bias, float *y) {
@@ -160,4 +160,64 @@ void fv_cuda_linear_back(FvBackend *backend, size_t rows, size_t in, size_t out,
         fv_cuda_gemm(cuda, &to_x, dys, ws, dx);
     if (dw && rows > 0)
         fv_cuda_gemm(cuda, &to_w, dys, xs, dw);
+}
+
+/* --- a product per head ---------------------------------------------------------------------- */
+
+/* y may be an operand tensor: products leave float, which is rounded then. */
+void fv_cuda_head_linear(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
+                         const real *x, const real *w, const real *bias, real *y) {
+    FvCuda *cuda = fv_cuda(backend);
+    FvGemm product = {.trans_a = false,
+                      .trans_b = true,
+                      .m = rows,
+                      .n = out,
+                      .k = in,
+                      .lda = heads * in,
+                      .ldb = in,
+                      .ldc = heads * out,
+                      .alpha = 1,
+                      .beta = bias ? 1.0f : 0.0f};
+    size_t n = rows * heads * out, nx = rows * heads * in, nw = heads * out * in;
+    bool is_short = fv_cuda_is_operand(cuda, y);
+    size_t wide = is_short ? fv_cuda_aligned(n * sizeof(float)) : 0;
+    char *space;
+    if (!fv_are_floats(cuda, "head_linear", w, bias) ||
+        !fv_take_space(
+            cuda, wide + fv_cuda_operand_bytes(cuda, nx, x) + fv_cuda_operand_bytes(cuda, nw, w),
+            &space))
+        return;
+    float *to = is_short ? (float *)space : y;
+    space += wide;
+    const void *xs = fv_cuda_operand(cuda, nx, x, &space);
+    const void *ws = fv_cuda_operand(cuda, nw, w, &space);
+    if (bias)
+        FV_LAUNCH(cuda, fill_rows, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, heads * out, bias, to);
+    fv_cuda_gemm_strided(cuda, &product, heads, xs, in, ws, out * in, to, out);
+    if (is_short)
+        fv_cuda_round(cuda, n, to, y);
+}
+
+void fv_cuda_head_linear_back(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
+                              const real *w, const real *dy, real *dx) {
+    FvCuda *cuda = fv_cuda(backend);
+    FvGemm product = {.trans_a = false,
+                      .trans_b = false,
+                      .m = rows,
+                      .n = in,
+                      .k = out,
+                      .lda = heads * out,
+                      .ldb = in,
+                      .ldc = heads * in,
+                      .alpha = 1,
+                      .beta = 0};
+    size_t ny = rows * heads * out, nw = heads * out * in;
+    char *space;
+    if (!fv_are_floats(cuda, "head_linear_back", w, dx) ||
+        !fv_take_space(
+            cuda, fv_cuda_operand_bytes(cuda, ny, dy) + fv_cuda_operand_bytes(cuda, nw, w), &space))
+        return;
+    const void *dys = fv_cuda_operand(cuda, ny, dy, &space);
+    const void *ws = fv_cuda_operand(cuda, nw, w, &space);
+    fv_cuda_gemm_strided(cuda, &product, heads, dys, out, ws, out * in, dx, in);
 }

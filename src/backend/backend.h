@@ -48,6 +48,7 @@ typedef struct FvQuery {
     size_t frames, keys, heads, width;
     double scale; /* multiplies the scores: 1 / (sqrt(width) * temperature) */
     size_t top_k; /* keep the k largest scores (ties: lower index); 0 or > keys keeps all */
+    bool shared;  /* k and v are [frames, keys, width], read by every head; dk and dv are NULL */
 } FvQuery;
 
 typedef struct FvConv { /* 3 x 3, padding 1 */
@@ -86,6 +87,8 @@ typedef struct FvOps {
     FvStatus (*alloc_weights)(FvBackend *, size_t count, void **out, FvError *);
     void (*weights_changed)(FvBackend *, size_t count, const real *w);
     void (*release)(FvBackend *, void *); /* what any of the three gave */
+    /* bytes that alloc could still find, shared with whoever else takes memory there */
+    size_t (*memory_left)(FvBackend *);
     /* src may change at once; the transfer runs beside the operations called before it */
     void (*upload)(FvBackend *, void *dst, const void *src, size_t bytes);
     void (*download)(FvBackend *, void *dst, const void *src, size_t bytes); /* waits */
@@ -112,6 +115,8 @@ typedef struct FvOps {
 
     /* --- rows and elements ------------------------------------------------------------------ */
     void (*copy)(FvBackend *, size_t n, const real *x, real *y);
+    /* the same for operand tensors: n elements of operand_bytes */
+    void (*copy_operands)(FvBackend *, size_t n, const real *x, real *y);
     void (*add)(FvBackend *, size_t n, const real *x, real *y); /* y += x */
     /* dst[di(i)] (+)= src[si(i)] for i < rows, rows of `width`; an index array NULL means i, a
      * source or target index < 0 skips the row. With add, repeated targets are summed in the
@@ -132,6 +137,12 @@ typedef struct FvOps {
     /* dx (NULL: not needed) = or += dy w; dw += dy^T x; dbias += column sums of dy */
     void (*linear_back)(FvBackend *, size_t rows, size_t in, size_t out, const real *x,
                         const real *w, const real *dy, real *dx, bool add, real *dw, real *dbias);
+    /* One product per head: y [rows, heads * out], y_h = x_h w_h^T + bias_h; x [rows, heads * in],
+     * w [heads, out, in], bias [heads * out] or NULL. back: dx_h = dy_h w_h; for frozen w alone */
+    void (*head_linear)(FvBackend *, size_t rows, size_t heads, size_t in, size_t out,
+                        const real *x, const real *w, const real *bias, real *y);
+    void (*head_linear_back)(FvBackend *, size_t rows, size_t heads, size_t in, size_t out,
+                             const real *w, const real *dy, real *dx);
     /* exact GELU, x * Phi(x); gelu_back: dx = dy * gelu'(x), dx may be dy */
     void (*gelu)(FvBackend *, size_t n, const real *x, real *y);
     void (*gelu_back)(FvBackend *, size_t n, const real *x, const real *dy, real *dx);

@@ -2,9 +2,9 @@
  * RMSNorm, rotary embedding, grouped-query causal attention, SwiGLU, no biases.
  *
  * A clip's sequence is [text | mode | v_1 .. v_T]. The text is the same in both passes and sees
- * nothing of what follows, so it runs once; a pass runs its own rows against the text's keys and
- * values. Texts are right-aligned in max_text rows; the rows before them (`first`) are padding
- * that no row sees, and positions count from the text's start. */
+ * nothing of what follows, so that one run serves both; a pass runs its own rows against the text's
+ * keys and values. Texts are right-aligned in max_text rows; the rows before them (`first`) are
+ * padding that no row sees, and positions count from the text's start. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -187,6 +187,10 @@ void fv_lm_text(FvModel *m) {
         if (l + 1 < m->c.lm_layers) /* nothing reads the text's rows after the last keys */
             block_forward(m, s, l, s->act[l + 1].x);
     }
+}
+
+void fv_lm_text_clear(FvModel *m) {
+    const FvSegment *s = &m->lm.text;
     for (size_t l = 0; l < m->c.lm_layers; l++) {
         size_t bytes = m->c.clips * s->rows * kv_width(m) * sizeof(real);
         m->be->ops->zero(m->be, s->dk[l], bytes);
@@ -275,13 +279,14 @@ void fv_lm_backward(FvModel *m, FvPass pass) {
     }
 }
 
-void fv_lm_text_backward(FvModel *m) {
+void fv_lm_text_backward(FvModel *m, bool last) {
     const FvSegment *s = &m->lm.text;
     for (size_t l = m->c.lm_layers; l-- > 0;) {
         bool inner = l + 1 < m->c.lm_layers;
         if (inner)
             block_backward(m, s, l, s->dk[l], s->dv[l]);
         keys_backward(m, s, l, s->dk[l], s->dv[l], inner);
-        fv_ready_from(m, m->lm.layer[l].norm1.g);
+        if (last)
+            fv_ready_from(m, m->lm.layer[l].norm1.g);
     }
 }

@@ -71,7 +71,7 @@ static void carve(FvModel *m, FvArena *arena) {
     const FvModelConfig *c = &m->c;
     size_t frames = fv_frames(m), wide = fv_mul(frames, c->lm_width);
     size_t choices = fv_mul(c->clips, c->frames - 1), text = fv_mul(c->clips, c->max_text);
-    m->pixels = fv_take_bytes(arena, fv_mul4(frames, c->size, c->size, 3));
+    m->pixels = fv_take_bytes(arena, fv_mul4(m->encoder.v.frames, c->size, c->size, 3));
     carve_metrics(m, arena);
     m->rows = (FvRows){
         .zeros = take_rows(arena, frames > text ? frames : text),
@@ -85,6 +85,9 @@ static void carve(FvModel *m, FvArena *arena) {
     };
     if (c->vision)
         fv_encoder_carve(&m->encoder, arena);
+    if (fv_encoder_stored(c))
+        m->encoded = (c->deep ? fv_take_operand
+                              : fv_take)(arena, fv_mul(c->clips, fv_encoder_cache_clip_values(c)));
     fv_query_carve(m, arena);
     fv_lm_carve(m, arena);
     fv_head_carve(m, arena);
@@ -132,7 +135,7 @@ static void free_layers(FvModel *m) {
 }
 
 static FvVit vit_of(const FvModelConfig *c) {
-    return (FvVit){.frames = fv_mul(c->clips, c->frames),
+    return (FvVit){.frames = fv_encoder_stored(c) ? c->frames : fv_mul(c->clips, c->frames),
                    .size = c->size,
                    .patch = c->patch,
                    .width = c->dino_width,
@@ -152,7 +155,9 @@ static FvStatus prepare(const FvModelConfig *config, FvModel **out, FvModelMemor
     m->encoder = (FvEncoder){.v = vit_of(config),
                              .w = &m->encoder_weights,
                              .trained = config->vision && !config->freeze_dino,
-                             .whole = !config->deep};
+                             .whole = !config->deep,
+                             .tail = config->deep && !config->skip_tail,
+                             .norms = config->deep && fv_encoder_stored(config)};
     FvStatus status = create_layers(m, err);
     if (status != FV_OK) {
         fv_model_destroy(m);
@@ -300,16 +305,59 @@ static void load_text(FvModel *m, const FvBatch *batch) {
     ops->upload(m->be, m->rows.tokens, tokens, clips * text * sizeof *tokens);
 }
 
-void fv_model_load(FvModel *m, const FvBatch *batch) {
+/* Outputs of block i (a layer, or the features) of the clip that was encoded last. */
+static const real *encoded_block(const FvModel *m, size_t i) {
+    return m->c.deep ? m->encoder.act[i].n1 : m->encoder.features;
+}
+
+static void copy_encoded(FvModel *m, size_t n, const real *from, real *to) {
+    const FvOps *ops = m->be->ops;
+    (m->c.deep ? ops->copy_operands : ops->copy)(m->be, n, from, to);
+}
+
+/* Clip b's outputs, stored or made now. A clip is encoded alone, at one place in memory: its bits
+ * do not depend on the batch, nor on who stored them. */
+static FvStatus load_encoded(FvModel *m, const FvBatch *batch, size_t b, FvError *err) {
+    const FvOps *ops = m->be->ops;
+    size_t pixels = m->c.frames * m->c.size * m->c.size * 3,
+           blocks = m->c.deep ? m->c.dino_layers : 1;
+    size_t n = fv_encoder_cache_clip_values(&m->c) / blocks;
+    const real *stored = m->cache ? fv_encoder_cache_find(m->cache, batch->number[b]) : NULL;
+    if (!stored) {
+        ops->upload(m->be, m->pixels, batch->pixels + b * pixels, pixels);
+        fv_encoder_forward(&m->encoder, m->be, m->pixels);
+    }
+    for (size_t i = 0; i < blocks; i++)
+        copy_encoded(m, n, stored ? fv_encoded_at(m, stored, i * n) : encoded_block(m, i),
+                     fv_encoded_at(m, m->encoded, (i * m->c.clips + b) * n));
+    real *room = m->cache && !stored ? fv_encoder_cache_reserve(m->cache, batch->number[b]) : NULL;
+    if (!room)
+        return FV_OK;
+    for (size_t i = 0; i < blocks; i++)
+        copy_encoded(m, n, encoded_block(m, i), fv_encoded_at(m, room, i * n));
+    FV_TRY(ops->sync(m->be, err));
+    fv_encoder_cache_publish(m->cache, batch->number[b]);
+    return FV_OK;
+}
+
+FvStatus fv_model_load(FvModel *m, const FvBatch *batch, FvError *err) {
     const FvOps *ops = m->be->ops;
     size_t frames = fv_frames(m);
-    ops->upload(m->be, m->pixels, batch->pixels, frames * m->c.size * m->c.size * 3);
     ops->upload(m->be, m->head.targets, batch->latents,
                 frames * fv_latent_count(&m->c) * sizeof(real));
     load_text(m, batch);
+    if (!fv_encoder_stored(&m->c))
+        ops->upload(m->be, m->pixels, batch->pixels, frames * m->c.size * m->c.size * 3);
+    for (size_t b = 0; fv_encoder_stored(&m->c) && b < m->c.clips; b++)
+        FV_TRY(load_encoded(m, batch, b, err));
+    return FV_OK;
 }
 
-static void embed_text(FvModel *m) {
+void fv_model_use_cache(FvModel *m, FvEncoderCache *cache) {
+    m->cache = cache;
+}
+
+static void run_text(FvModel *m) {
     const FvOps *ops = m->be->ops;
     size_t rows = m->c.clips * m->c.max_text, w = m->c.lm_width;
     real *x = m->lm.text.act[0].x;
@@ -319,14 +367,17 @@ static void embed_text(FvModel *m) {
     } else {
         ops->copy_rows(m->be, rows, w, m->no_text.w, m->rows.zeros, x, NULL, false);
     }
+    fv_lm_text(m);
 }
 
 void fv_model_encode(FvModel *m) {
-    if (m->c.vision)
+    if (m->c.vision && !fv_encoder_stored(&m->c))
         fv_encoder_forward(&m->encoder, m->be, m->pixels);
-    embed_text(m);
-    fv_lm_text(m);
     fv_head_prepare(m);
+    if (m->c.share_text)
+        run_text(m);
+    if (m->c.share_convolutions)
+        fv_head_share(m);
 }
 
 /* From the pass's queries to its visual tokens v. */
@@ -355,6 +406,10 @@ static void predict(FvModel *m, FvPass pass, double *loss) {
     const FvOps *ops = m->be->ops;
     size_t frames = fv_frames(m), w = m->c.lm_width;
     real *x = m->lm.pass[pass].act[0].x;
+    if (!m->c.share_text)
+        run_text(m);
+    if (!m->c.share_convolutions)
+        fv_head_share(m);
     ops->copy_rows(m->be, m->c.clips, w, m->mode[pass].w, m->rows.zeros, x, m->rows.mode, false);
     ops->copy_rows(m->be, frames, w, m->visual[pass], NULL, x, m->rows.visual, false);
     fv_lm_forward(m, pass);
@@ -528,7 +583,8 @@ static void pass_back(FvModel *m, FvPass pass) {
     const FvOps *ops = m->be->ops;
     size_t frames = fv_frames(m), w = m->c.lm_width, rows = m->c.clips * (1 + m->c.frames);
     double weight = pass == FV_FINE ? 1.0 : m->c.lambda_coarse;
-    fv_head_backward(m, pass, weight / (double)frames);
+    fv_head_backward(m, pass, weight / (double)frames,
+                     m->c.share_convolutions && pass == FV_COARSE);
     ops->zero(m->be, m->lm.dx, rows * w * sizeof(real));
     ops->copy_rows(m->be, frames, w, m->head.dhidden, NULL, m->lm.dx, m->rows.before, false);
     if (pass == FV_COARSE && m->c.vision && m->c.frames > 1)
@@ -560,20 +616,35 @@ void fv_ready_from(void *model, const real *g) {
         m->ready(m->ready_context, (size_t)(g - m->params.g));
 }
 
-void fv_model_backward(FvModel *m) {
+/* last: no gradient is added to what the text trains after this. */
+static void text_back(FvModel *m, bool last) {
     const FvOps *ops = m->be->ops;
     size_t text = m->c.clips * m->c.max_text, w = m->c.lm_width;
-    ops->zero(m->be, m->params.g, m->params.trained_memory * sizeof(real));
-    pass_back(m, FV_FINE);
-    pass_back(m, FV_COARSE);
-    fv_head_finish_backward(m);
-    fv_ready_from(m, m->lm.norm.g);
-    fv_lm_text_backward(m);
+    fv_lm_text_backward(m, last);
     if (!m->c.captions)
         ops->copy_rows(m->be, text, w, m->lm.dx, NULL, m->no_text.g, m->rows.zeros, true);
     else if (m->lm.embed.g)
         ops->copy_rows(m->be, text, w, m->lm.dx, NULL, m->lm.embed.g, m->rows.tokens, true);
-    fv_ready_from(m, m->c.captions ? m->lm.embed.g : m->no_text.g);
+    if (last)
+        fv_ready_from(m, m->c.captions ? m->lm.embed.g : m->no_text.g);
+}
+
+/* What the passes share is differentiated once, from the sum of their gradients, or after each. */
+void fv_model_backward(FvModel *m) {
+    static const FvPass order[FV_PASSES] = {FV_FINE, FV_COARSE};
+    m->be->ops->zero(m->be, m->params.g, m->params.trained_memory * sizeof(real));
+    for (size_t i = 0; i < FV_PASSES; i++) {
+        bool first = i == 0, last = i + 1 == FV_PASSES;
+        if (first || !m->c.share_text)
+            fv_lm_text_clear(m);
+        pass_back(m, order[i]);
+        if (last || !m->c.share_convolutions)
+            fv_head_share_backward(m);
+        if (last)
+            fv_ready_from(m, m->lm.norm.g);
+        if (last || !m->c.share_text)
+            text_back(m, last);
+    }
     if (m->encoder.trained)
         fv_encoder_backward(&m->encoder, m->be);
 }
@@ -602,6 +673,20 @@ static bool bad(FvModel *m, const real *x, size_t n, const char *what, const cha
     return true;
 }
 
+static bool first_bad_of_encoder(FvModel *m, char *name, size_t size) {
+    size_t n = fv_frames(m) * fv_keys(m) * m->c.dino_width;
+    char layer[48];
+    if (m->encoded && !m->c.deep)
+        return bad(m, m->encoded, n, "encoder: ", "features", name, size);
+    for (size_t l = 0; m->c.vision && l < m->c.dino_layers; l++) {
+        snprintf(layer, sizeof layer, "%s of layer %zu", m->encoded ? "input" : "keys", l);
+        if (bad(m, m->encoded ? fv_encoded_at(m, m->encoded, l * n) : m->encoder.k[l], n,
+                "encoder: ", layer, name, size))
+            return true;
+    }
+    return false;
+}
+
 void fv_model_first_bad(FvModel *m, char *name, size_t size) {
     size_t frames = fv_frames(m), w = m->c.lm_width, rows = m->c.clips * (1 + m->c.frames);
     static const char *const passes[FV_PASSES] = {"coarse pass: ", "fine pass: "};
@@ -613,13 +698,8 @@ void fv_model_first_bad(FvModel *m, char *name, size_t size) {
     }
     if (bad(m, m->head.targets, frames * fv_latent_count(&m->c), "data: ", "latents", name, size))
         return;
-    for (size_t l = 0; m->c.vision && l < m->c.dino_layers; l++) {
-        char layer[48];
-        snprintf(layer, sizeof layer, "keys of layer %zu", l);
-        if (bad(m, m->encoder.k[l], frames * fv_keys(m) * m->c.dino_width, "encoder: ", layer, name,
-                size))
-            return;
-    }
+    if (first_bad_of_encoder(m, name, size))
+        return;
     for (int p = 0; p < FV_PASSES; p++) {
         if ((m->c.vision && bad(m, m->query.pass[p].z, frames * m->c.dino_width, passes[p],
                                 "features z", name, size)) ||

@@ -47,6 +47,14 @@
     X(text, query_mode, "deep", "deep|shallow", 0,                                                 \
       "the query runs through every layer, or reads the last one")                                 \
     X(flag, vision, true, 0, 1, "off: visual tokens are zero, the floor of the study")             \
+    /* savings */                                                                                  \
+    X(flag, skip_tail, true, 0, 1,                                                                 \
+      "deep: the encoder's last layer computes no more than the query reads of it")                \
+    X(flag, share_text, true, 0, 1, "the passes share one run of the text")                        \
+    X(flag, share_convolutions, true, 0, 1,                                                        \
+      "the passes share one run of the head's convolutions before the modulation")                 \
+    X(flag, cache_encoder, true, 0, 1,                                                             \
+      "freeze_dino: each clip is encoded once, as far as memory reaches")                          \
     /* optimizer */                                                                                \
     X(real, lr, 3e-4, 0, 1e3, "AdamW learning rate")                                               \
     X(real, weight_decay, 0.01, 0, 1e3, "decoupled weight decay of every trained parameter")       \

@@ -107,6 +107,7 @@ FvStatus fv_data_read(FvData *d, FvSplit split, uint32_t clip, FvBatch *batch, s
         memcpy(tokens, d->tokens + number * d->info.max_tokens,
                (size_t)d->token_count[number] * sizeof *tokens);
     batch->clip[slot] = clip;
+    batch->number[slot] = split == FV_TRAIN ? clip : (uint32_t)d->info.count[FV_TRAIN] + clip;
     return FV_OK;
 }
 

@@ -41,6 +41,7 @@ typedef struct Session {
     char libraries[512], start[32];
     FvWeightsRecord weights;
     size_t memory_before; /* bytes held before the study's own */
+    size_t memory_left;   /* bytes on the device for this rank, before it takes any */
     FvGroup group;
     FvLink link;
     FvWatchdog *watchdog;
@@ -340,8 +341,11 @@ static void tell_memory(Session *s) {
         largest = fv_plan_bytes(&plan) > largest ? fv_plan_bytes(&plan) : largest;
         histories = fv_add(histories, fv_mul(s->study.seed_count, plan.history));
     }
-    size_t planned =
-        fv_plan_rank_bytes(largest, s->group.slots, s->info[0]->bytes, histories, s->threads);
+    size_t caches;
+    if (fv_plan_caches(&s->study, s->info, s->memory_left, &caches, &ignored) != FV_OK)
+        return;
+    size_t planned = fv_plan_rank_bytes(largest, s->group.slots, s->info[0]->bytes, caches,
+                                        histories, s->threads);
     size_t peak = fv_memory_use().peak;
     if (peak > s->memory_before)
         fv_display_log(s->display,
@@ -387,6 +391,8 @@ static void *run_slot(void *argument) {
 }
 
 static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
+    FvEncoderCaches *caches = NULL;
+    FvStatus status = fv_encoder_caches_create(&s->device, &caches, err);
     FvRun run = {.world = &s->in->world,
                  .group = &s->group,
                  .study = &s->study,
@@ -396,12 +402,14 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
                  .data = s->data,
                  .threads = s->threads > s->group.slots ? s->threads / s->group.slots : 1,
                  .device = s->device,
+                 .caches = caches,
                  .link = &s->link,
                  .watchdog = s->watchdog,
                  .stop = s->in->stop};
     Slot *slots = calloc(s->group.slots, sizeof *slots);
     pthread_t *threads = calloc(s->group.slots, sizeof *threads);
-    FvStatus status = slots && threads ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory for slots");
+    if (status == FV_OK && (!slots || !threads))
+        status = FV_FAIL(err, FV_DEVICE, "out of memory for slots");
     size_t started = 0;
     for (; status == FV_OK && started < s->group.slots; started++) {
         slots[started] = (Slot){.session = s, .run = &run, .index = started};
@@ -418,6 +426,7 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
         }
     free(slots);
     free(threads);
+    fv_encoder_caches_destroy(caches);
     *abort = status != FV_OK && s->group.size > 1;
     return status;
 }
@@ -500,13 +509,18 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     size_t cores = fv_claim_cores(w);
     s->threads = o->threads ? o->threads : cores;
     TOGETHER(fv_device_choose(o->device, w, s->threads, &s->device, err));
+    fv_device_share(&s->device, w);
     s->all_gpus = fv_world_all(s->device.gpu);
     s->seed_fits = fv_world_all(s->all_gpus && fv_folder_has_seed());
     TOGETHER(read_study(s, err));
     TOGETHER(check_precision(s, err));
+    if (!o->list)
+        TOGETHER(fv_device_memory_left(&s->device, &s->memory_left, err));
     if (o->list || o->dry_run) {
         if (w->rank == 0)
-            made = o->list ? list_jobs(s) : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
+            made = o->list
+                       ? list_jobs(s)
+                       : fv_plan_print(&s->study, w, o, s->threads, s->memory_left, s->out, err);
         TOGETHER(made);
         return FV_OK;
     }

@@ -248,13 +248,14 @@ static double total_loss(const FvModelConfig *c, const FvStepMeans *m) {
 
 /* The step that went bad has changed no parameter, nor has one begun after it: what it computed is
  * made again, one operation after the other. */
-static void replay_failed(FvTrainer *t, const FvBatch *batch) {
+static FvStatus replay_failed(FvTrainer *t, const FvBatch *batch, FvError *err) {
     fv_model_on_ready(t->model, NULL, NULL);
-    fv_model_load(t->model, batch);
+    FV_TRY(fv_model_load(t->model, batch, err));
     fv_model_encode(t->model);
     fv_model_coarse(t->model);
     fv_model_fine(t->model);
     fv_model_backward(t->model);
+    return FV_OK;
 }
 
 /* Says which tensor went bad first, on the first rank that sees one, and in which clips. */
@@ -263,7 +264,7 @@ static FvStatus fail_not_finite(FvTrainer *t, const FvBatch *batch, FvError *err
     const FvGroup *g = t->run->group;
     char mine[TEXT] = "", tensor[160];
     if (t->recorded)
-        replay_failed(t, batch);
+        FV_TRY(replay_failed(t, batch, err));
     fv_model_first_bad(t->model, tensor, sizeof tensor);
     int used = snprintf(mine, sizeof mine, "%s; clips", tensor[0] ? tensor : "the loss");
     for (size_t b = 0; b < batch->clips && used > 0 && used < TEXT; b++)
@@ -350,7 +351,7 @@ static FvStatus begin_step(FvTrainer *t, FvError *err) {
     doing(t, FV_COMPUTING);
     FvAdamW adamw = adamw_of(t, t->begun);
     FV_TRY(fv_loader_next(t->loader, &t->batch[place], err));
-    fv_model_load(t->model, t->batch[place]);
+    FV_TRY(fv_model_load(t->model, t->batch[place], err));
     fv_model_rates(t->model, &adamw);
     FV_TRY(compute_or_replay(t, &adamw, err));
     fv_model_measure_later(t->model, place);
@@ -483,6 +484,13 @@ static FvStatus begin(FvTrainer *t, FvError *err) {
     FV_TRY(fv_weights_start(t->config, fv_model_params(t->model), t->be, t->seed, err));
     FV_TRY(restore(t, err));
     FV_TRY(share(t, err));
+    if (fv_encoder_stored(&t->c)) {
+        char note[128];
+        FV_TRY(fv_encoder_caches_attach(run->caches, t->model, &t->c, t->be, fv_data_info(t->data),
+                                        note, sizeof note, err));
+        if (note[0])
+            report(t, note);
+    }
     FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,
                            t->c.max_text, t->step, &t->loader, err));
     t->rate_step = t->checkpoint_step = t->begun = t->step;

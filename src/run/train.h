@@ -5,6 +5,8 @@
 
 #include "run/coordinator.h"
 #include "run/data.h"
+#include "run/device.h"
+#include "run/encoder_caches.h"
 #include "run/exchange.h"
 #include "run/watchdog.h"
 
@@ -18,6 +20,7 @@ typedef struct FvRun {
     FvCoordinator *coordinator;
     FvData *const *data; /* [experiments]; experiments with equal data share one */
     FvDevice device;
+    FvEncoderCaches *caches;
     FvLink *link;
     FvWatchdog *watchdog;
     size_t threads; /* per job, on a processor */

@@ -30,8 +30,8 @@ const char *cublasGetStatusString(cublasStatus_t);
 cublasStatus_t cublasCreate(cublasHandle_t *);
 cublasStatus_t cublasDestroy(cublasHandle_t);
 cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t);
-/* Of device memory; cublasSetStream goes back to cuBLAS's own. */
 cublasStatus_t cublasGetProperty(libraryPropertyType, int *value);
+/* Of device memory; cublasSetStream goes back to cuBLAS's own. */
 cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t bytes);
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t);
 cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n,

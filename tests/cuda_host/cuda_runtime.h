@@ -1,8 +1,11 @@
 /* The part of the CUDA runtime that the backend uses, on the CPU: kernels run one block after the
  * other, a block's threads as fibers that switch at barriers and shuffles. Device memory is host
- * memory, so AddressSanitizer sees every access. Work has been done when the call that gives it to
- * a stream returns; during capture it is recorded, with its arguments, and done at each launch of
- * the graph. What CUDA refuses during capture is refused with CUDA's error. */
+ * memory, so AddressSanitizer sees every access.
+ *
+ * Work has been done when the call that gives it to a stream returns; with CUDA_HOST_LATE=MS, when
+ * something waits for it, or MS milliseconds later. During capture it is recorded, with its
+ * arguments, and done at each launch of the graph, in turn with forks as early and as late as they
+ * may be. What CUDA refuses during capture is refused with CUDA's error. */
 #ifndef TESTS_CUDA_HOST_CUDA_RUNTIME_H
 #define TESTS_CUDA_HOST_CUDA_RUNTIME_H
 

@@ -186,6 +186,7 @@ ncclResult_t ncclCommFinalize(ncclComm_t comm) {
 }
 
 ncclResult_t ncclCommDestroy(ncclComm_t comm) {
+    host_finish_device();
     delete comm;
     return ncclSuccess;
 }

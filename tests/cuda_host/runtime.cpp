@@ -93,6 +93,7 @@ cudaError_t give_back(void *p, bool pinned) {
         return cudaSuccess;
     if (cudaError_t refused = host_unsafe_call())
         return host_error(refused);
+    host_finish_device();
     std::lock_guard<std::mutex> guard(lock);
     auto found = blocks.find((uintptr_t)p);
     if (found == blocks.end() || (found->second.kind == Kind::pinned) != pinned)
@@ -191,7 +192,10 @@ cudaError_t cudaDeviceGetPCIBusId(char *out, int size, int device) {
 }
 
 cudaError_t cudaDeviceSynchronize(void) {
-    return host_error(host_unsafe_call());
+    if (cudaError_t refused = host_unsafe_call())
+        return host_error(refused);
+    host_finish_device();
+    return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void **out, size_t bytes) {
@@ -244,7 +248,8 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t strea
     return host_enqueue(stream, [=] { memset(p, value, bytes); });
 }
 
-/* A copy of pageable memory waits for it, which a capture does not allow. */
+/* Pageable memory has been read, or written, when the call returns, which a capture does not
+ * allow. */
 cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, enum cudaMemcpyKind kind,
                             cudaStream_t stream) {
     Kind to = kind_of(dst), from = kind_of(src);
@@ -257,7 +262,12 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, enum cudaM
     if (to == Kind::pageable || from == Kind::pageable)
         if (cudaError_t refused = host_not_in_capture(stream))
             return host_error(refused);
-    return host_enqueue(stream, [=] { memmove(dst, src, bytes); });
+    if (from == Kind::pageable) {
+        std::vector<char> staged((const char *)src, (const char *)src + bytes);
+        return host_enqueue(stream, [=] { memcpy(dst, staged.data(), bytes); });
+    }
+    cudaError_t code = host_enqueue(stream, [=] { memmove(dst, src, bytes); });
+    return code == cudaSuccess && to == Kind::pageable ? cudaStreamSynchronize(stream) : code;
 }
 
 } /* extern "C" */

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "queue.h"
 
 struct Capture;
 
@@ -14,6 +15,7 @@ using Seen = std::vector<size_t>;
 
 struct HostStream {
     int device;
+    std::shared_ptr<HostQueue> queue; /* NULL: work is done at once */
     std::shared_ptr<Capture> capture; /* NULL: none */
     size_t number;                    /* among the capture's streams */
     Seen seen;
@@ -22,8 +24,10 @@ struct HostStream {
 /* Keeps the host thread's last error; returns it. */
 cudaError_t host_error(cudaError_t);
 
-/* Does the work, or records it where the stream is being captured. */
+/* Does the work or queues it; records it where the stream is being captured. */
 cudaError_t host_enqueue(cudaStream_t, std::function<void()> work);
+/* Waits for the host thread's device. */
+void host_finish_device(void);
 /* A call that may wait for the device or change it: captures that forbid it are spoilt by it, and
  * the call fails. */
 cudaError_t host_unsafe_call(void);

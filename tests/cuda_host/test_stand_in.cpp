@@ -154,6 +154,31 @@ void fork_and_join_record_in_one_graph(void **) {
     discard(&s);
 }
 
+void graph_shows_that_a_fork_is_not_ordered(void **) {
+    Setting s;
+    make(&s);
+    Launcher on_stream = {s.stream, cudaSuccess}, on_other = {s.other, cudaSuccess};
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    begin(&s, cudaStreamCaptureModeThreadLocal);
+    FV_LAUNCH(&on_stream, multiply_add, 1, 64, 0, 1.0f, 1.0f, s.x);
+    assert_int_equal(cudaEventRecord(s.forked, s.stream), cudaSuccess);
+    assert_int_equal(cudaStreamWaitEvent(s.other, s.forked, 0), cudaSuccess);
+    FV_LAUNCH(&on_other, multiply_add, 1, 64, 0, 5.0f, 0.0f, s.x);
+    FV_LAUNCH(&on_stream, multiply_add, 1, 64, 0, 1.0f, 2.0f, s.x); /* beside it */
+    assert_int_equal(cudaEventRecord(s.done, s.other), cudaSuccess);
+    assert_int_equal(cudaStreamWaitEvent(s.stream, s.done, 0), cudaSuccess);
+    assert_int_equal(cudaStreamEndCapture(s.stream, &graph), cudaSuccess);
+    assert_int_equal(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+    assert_int_equal(cudaGraphLaunch(exec, s.stream), cudaSuccess);
+    assert_true(s.x[0] == (0 + 1 + 2) * 5);
+    assert_int_equal(cudaGraphLaunch(exec, s.stream), cudaSuccess);
+    assert_true(s.x[0] == (15 + 1) * 5 + 2);
+    assert_int_equal(cudaGraphExecDestroy(exec), cudaSuccess);
+    assert_int_equal(cudaGraphDestroy(graph), cudaSuccess);
+    discard(&s);
+}
+
 void work_of_a_fork_that_is_not_joined_is_an_error(void **) {
     Setting s;
     make(&s);
@@ -231,6 +256,50 @@ void capture_does_not_wait_for_what_is_outside(void **) {
     discard(&s);
 }
 
+/* --- work that is done late --------------------------------------------------------------------
+ */
+
+void late_work_is_done_when_something_waits(void **) {
+    Setting s;
+    float here[64];
+    setenv("CUDA_HOST_LATE", "600000", 1);
+    make(&s);
+    unsetenv("CUDA_HOST_LATE");
+    Launcher on_stream = {s.stream, cudaSuccess}, on_other = {s.other, cudaSuccess};
+    FV_LAUNCH(&on_stream, multiply_add, 1, 64, 0, 0.0f, 4.0f, s.x);
+    assert_int_equal(cudaStreamQuery(s.stream), cudaErrorNotReady);
+    assert_int_equal(cudaEventRecord(s.forked, s.stream), cudaSuccess);
+    assert_int_equal(cudaEventQuery(s.forked), cudaErrorNotReady);
+    assert_int_equal(cudaStreamWaitEvent(s.other, s.forked, 0), cudaSuccess);
+    FV_LAUNCH(&on_other, multiply_add, 1, 64, 0, 2.0f, 1.0f, s.x);
+    s.pinned[0] = 7;
+    assert_int_equal(cudaMemcpyAsync(s.pinned, s.x, 256, cudaMemcpyDeviceToHost, s.other),
+                     cudaSuccess);
+    assert_int_equal(cudaEventRecord(s.done, s.other), cudaSuccess);
+    assert_true(s.pinned[0] == 7);
+    assert_int_equal(cudaEventSynchronize(s.done), cudaSuccess); /* and so for s.forked */
+    assert_true(s.pinned[0] == 9 && s.pinned[63] == 9);
+    assert_int_equal(cudaEventQuery(s.forked), cudaSuccess);
+    here[0] = 3;
+    assert_int_equal(cudaMemcpyAsync(s.x, here, 4, cudaMemcpyHostToDevice, s.stream), cudaSuccess);
+    here[0] = 5; /* pageable memory was read */
+    assert_int_equal(cudaMemcpyAsync(here, s.x, 8, cudaMemcpyDeviceToHost, s.stream), cudaSuccess);
+    assert_true(here[0] == 3 && here[1] == 9);
+    discard(&s);
+}
+
+void late_work_is_done_after_a_while(void **) {
+    Setting s;
+    setenv("CUDA_HOST_LATE", "1", 1);
+    make(&s);
+    unsetenv("CUDA_HOST_LATE");
+    assert_int_equal(cudaEventRecord(s.done, s.stream), cudaSuccess);
+    while (cudaEventQuery(s.done) == cudaErrorNotReady)
+        std::this_thread::yield();
+    assert_int_equal(cudaEventQuery(s.done), cudaSuccess);
+    discard(&s);
+}
+
 /* --- kernels ---------------------------------------------------------------------------------- */
 
 /* Some threads return early, some wait at barriers, neighbours exchange values. */
@@ -291,10 +360,13 @@ int main() {
         cmocka_unit_test(graph_does_at_each_launch_what_was_recorded),
         cmocka_unit_test(product_takes_its_scalars_when_it_is_recorded),
         cmocka_unit_test(fork_and_join_record_in_one_graph),
+        cmocka_unit_test(graph_shows_that_a_fork_is_not_ordered),
         cmocka_unit_test(work_of_a_fork_that_is_not_joined_is_an_error),
         cmocka_unit_test(waiting_on_the_host_spoils_a_capture),
         cmocka_unit_test(allocating_spoils_captures_unless_relaxed),
         cmocka_unit_test(capture_does_not_wait_for_what_is_outside),
+        cmocka_unit_test(late_work_is_done_when_something_waits),
+        cmocka_unit_test(late_work_is_done_after_a_while),
         cmocka_unit_test(threads_of_a_block_wait_for_each_other),
         cmocka_unit_test(launch_needs_the_streams_device),
         cmocka_unit_test(bfloat16_rounds_to_nearest_even),

@@ -245,6 +245,24 @@ static void attention(Compare *c, FvAttention a) {
     check(c, "rope", q, float_tolerance);
 }
 
+/* The query of a frozen encoder: products per head before and after it, of `width` elements. */
+static void stored_query(Compare *c, FvQuery a, size_t width) {
+    size_t n = a.frames * a.heads * width, wide = a.frames * a.heads * a.width;
+    Pair q = given(c, n, 1), w = given(c, a.heads * width * a.width, 0.05);
+    Pair b = given(c, a.heads * width, 1), keys = given(c, a.frames * a.keys * a.width, 1);
+    Pair absorbed = made(c, wide), probs = made(c, a.frames * a.heads * a.keys);
+    Pair pooled = made(c, wide), y = made(c, n), dq = made(c, wide), dout = given(c, wide, 1);
+    EACH(o->head_linear_back(be, a.frames, a.heads, a.width, width, R(w), R(q), R(absorbed)));
+    check(c, "head_linear_back", absorbed, product);
+    EACH(o->query(be, &a, R(absorbed), R(keys), R(keys), R(probs), R(pooled));
+         o->head_linear(be, a.frames, a.heads, a.width, width, R(pooled), R(w), R(b), R(y));
+         o->query_back(be, &a, R(absorbed), R(keys), R(keys), R(probs), R(dout), NULL, R(dq), NULL,
+                       NULL));
+    check(c, "stored query", pooled, product);
+    check(c, "head_linear", y, product);
+    check(c, "stored query_back", dq, product);
+}
+
 static void query(Compare *c, FvQuery a) {
     size_t q_n = a.frames * a.heads * a.width, k_n = q_n * a.keys,
            p_n = a.frames * a.heads * a.keys;
@@ -371,7 +389,7 @@ static void through_product(Compare *c, const char *name, size_t rows, size_t in
 static void operands(Compare *c, size_t frames, size_t keys, size_t heads, size_t width) {
     size_t rows = frames * keys, wide = heads * width, n = rows * wide;
     FvAttention a = {frames, keys, keys, heads, heads, width, 0.125, false, NULL};
-    FvQuery q = {frames, keys, heads, width, 0.125, 0};
+    FvQuery q = {frames, keys, heads, width, 0.125, 0, false};
     Pair x = given(c, n, 1), u = given(c, n, 1), v = given(c, n, 1), g = given(c, wide, 1);
     Pair mean = made(c, rows), rstd = made(c, rows), y = operand(c, n);
     Pair probs = made(c, rows * heads * keys), some = operand(c, frames * wide);
@@ -408,8 +426,9 @@ static void seed_scale(Compare *c) {
     attention(c, (FvAttention){frames, keys, keys, heads, heads, width, 0.125, false, NULL});
     attention(c, (FvAttention){2, rows, rows, 9, 3, lm / 9, 0.125, true, NULL});
     release(c);
-    query(c, (FvQuery){frames, keys, heads, width, 0.125, 0});
-    query(c, (FvQuery){frames, keys, heads, width, 1.25, keys / 8 + 2});
+    query(c, (FvQuery){frames, keys, heads, width, 0.125, 0, false});
+    query(c, (FvQuery){frames, keys, heads, width, 1.25, keys / 8 + 2, false});
+    stored_query(c, (FvQuery){frames, keys, heads, wide, 0.125, 0, true}, width);
     release(c);
     images(c, frames, size, patch, wide);
     conv(c, (FvConv){frames, side, side, 4, 64, 1});

@@ -60,6 +60,10 @@ FvModelConfig fixture_config(void) {
         .vision = true,
         .temperature = 1,
         .lambda_coarse = 1,
+        .skip_tail = true,
+        .share_text = true,
+        .share_convolutions = true,
+        .cache_encoder = true,
     };
 }
 
@@ -91,6 +95,7 @@ FvBatch fixture_batch_create(const FvModelConfig *c) {
         .tokens = allocate(c->clips * c->max_text, sizeof(int32_t)),
         .token_count = allocate(c->clips, sizeof(int32_t)),
         .clip = allocate(c->clips, sizeof(uint32_t)),
+        .number = allocate(c->clips, sizeof(uint32_t)),
     };
     for (size_t b = 0; c->captions && b < c->clips; b++)
         batch.token_count[b] = (int32_t)c->max_text;
@@ -103,6 +108,7 @@ void fixture_batch_destroy(FvBatch *batch) {
     free(batch->tokens);
     free(batch->token_count);
     free(batch->clip);
+    free(batch->number);
     *batch = (FvBatch){0};
 }
 
@@ -110,7 +116,7 @@ static void fill_clip(const FvModelConfig *c, FvBatch *batch, size_t b, uint64_t
                       size_t number) {
     size_t pixels = c->frames * c->size * c->size * 3, latents = c->frames * fv_latent_count(c);
     uint64_t key = fv_mix(fv_stream(seed, "batch") + number);
-    batch->clip[b] = (uint32_t)number;
+    batch->clip[b] = batch->number[b] = (uint32_t)number;
     for (size_t i = 0; i < pixels; i++)
         batch->pixels[b * pixels + i] = (uint8_t)fv_random_below(fv_mix(key ^ 1), i, 256);
     for (size_t i = 0; i < latents; i++)
@@ -182,7 +188,7 @@ void fixture_destroy(Fixture *f) {
 
 void fixture_forward(Fixture *f) {
     FvError err = {0};
-    fv_model_load(f->model, &f->batch);
+    succeeds(fv_model_load(f->model, &f->batch, &err), &err);
     fv_model_encode(f->model);
     fv_model_coarse(f->model);
     fv_model_fine(f->model);

@@ -102,6 +102,9 @@ static void gradients_are_near_those_of_floats(void **state) {
         c.deep = i % 2;
         c.captions = i % 3 == 0;
         check_model(&c);
+        c.cache_encoder = false; /* the queries read keys and values, not what is stored */
+        if (c.freeze_dino)
+            check_model(&c);
     }
     FvModelConfig blind = fixture_config();
     blind.vision = false;

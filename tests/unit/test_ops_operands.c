@@ -166,6 +166,86 @@ static void operand_tensors_hold_the_rounded_result(void **state) {
     assert_int_equal(t->ops->sync(t->be, NULL), FV_OK);
 }
 
+/* Keys that all heads share, as a frozen encoder's outputs are stored: reading operand tensors is
+ * reading the floats that they hold. */
+static void query_reads_stored_operands(void **state) {
+    Testing *t = *state;
+    enum {
+        F = 2,
+        KEYS = 9,
+        HEADS = 3,
+        D = 40,
+        NQ = F * HEADS * D,
+        NK = F * KEYS * D,
+        NP = F * HEADS * KEYS
+    };
+    const FvQuery s = {
+        .frames = F, .keys = KEYS, .heads = HEADS, .width = D, .shared = true, .scale = 0.4};
+    real *q = testing_random(t, NQ, 1), *dout = testing_random(t, NQ, 1);
+    real *stored = operand_copy(t, NK, testing_random(t, NK, 1)), *k = testing_tensor(t, NK);
+    real *probs = testing_tensor(t, NP), *probs2 = testing_tensor(t, NP);
+    real *out = testing_tensor(t, NQ), *out2 = testing_tensor(t, NQ);
+    real *dq = testing_tensor(t, NQ), *dq2 = testing_tensor(t, NQ);
+    for (size_t i = 0; i < NK; i++)
+        k[i] = element(t, stored, i);
+    t->ops->query(t->be, &s, q, k, k, probs, out);
+    t->ops->query(t->be, &s, q, stored, stored, probs2, out2);
+    testing_same("probs", NP, probs2, probs);
+    testing_same("out", NQ, out2, out);
+    t->ops->query_back(t->be, &s, q, k, k, probs, dout, NULL, dq, NULL, NULL);
+    t->ops->query_back(t->be, &s, q, stored, stored, probs, dout, NULL, dq2, NULL, NULL);
+    testing_same("dq", NQ, dq2, dq);
+    real *moved = operand_tensor(t, NK);
+    t->ops->copy_operands(t->be, NK, stored, moved);
+    for (size_t i = 0; i < NK; i++)
+        testing_close("copy", i, (double)element(t, moved, i), (double)k[i], 0);
+    assert_int_equal(t->ops->sync(t->be, NULL), FV_OK);
+}
+
+/* A product per head, with operands and results of both types: near the one of the operands' own
+ * values, written out. */
+static void products_per_head_read_and_write_operands(void **state) {
+    Testing *t = *state;
+    enum {
+        ROWS = 5,
+        HEADS = 3,
+        IN = 16,
+        OUT = 8,
+        NX = ROWS * HEADS * IN,
+        NY = ROWS * HEADS * OUT,
+        NW = HEADS * OUT * IN
+    };
+    real *x = testing_random(t, NX, 1), *w = weights(t, NW, testing_random(t, NW, 1));
+    real *b = testing_random(t, HEADS * OUT, 1), *dy = testing_random(t, NY, 1);
+    real *y = testing_tensor(t, NY), *z = operand_tensor(t, NY), *dx = testing_tensor(t, NX);
+    t->ops->head_linear(t->be, ROWS, HEADS, IN, OUT, x, w, b, y);
+    t->ops->head_linear(t->be, ROWS, HEADS, IN, OUT, x, w, b, z);
+    t->ops->head_linear_back(t->be, ROWS, HEADS, IN, OUT, w, dy, dx);
+    check_written(t, "y", NY, z, y);
+    for (size_t i = 0; i < NY; i++) {
+        size_t row = i / (HEADS * OUT), h = i / OUT % HEADS, o = i % OUT;
+        double want = (double)b[h * OUT + o], size = fabs(want);
+        for (size_t k = 0; k < IN; k++) {
+            double term = (double)x[(row * HEADS + h) * IN + k] * (double)w[(h * OUT + o) * IN + k];
+            want += term;
+            size += fabs(term);
+        }
+        testing_close("y", i, (double)y[i], want, product_error(t, IN + 1) * size);
+    }
+    for (size_t i = 0; i < NX; i++) {
+        size_t row = i / (HEADS * IN), h = i / IN % HEADS, k = i % IN;
+        double want = 0, size = 0;
+        for (size_t o = 0; o < OUT; o++) {
+            double term =
+                (double)dy[(row * HEADS + h) * OUT + o] * (double)w[(h * OUT + o) * IN + k];
+            want += term;
+            size += fabs(term);
+        }
+        testing_close("dx", i, (double)dx[i], want, product_error(t, OUT) * size);
+    }
+    assert_int_equal(t->ops->sync(t->be, NULL), FV_OK);
+}
+
 /* --- dense layers and convolutions --------------------------------------------------------------
  */
 
@@ -627,6 +707,8 @@ static void operations_on_floats_refuse_operand_tensors(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         ROUNDING_TEST(operand_tensors_hold_the_rounded_result),
+        ROUNDING_TEST(query_reads_stored_operands),
+        ROUNDING_TEST(products_per_head_read_and_write_operands),
         ROUNDING_TEST(linear_reads_operands_weights_and_floats),
         ROUNDING_TEST(conv_reads_operands_weights_and_floats),
         ROUNDING_TEST(conv_in_parts_reads_every_part),
