@@ -26,13 +26,13 @@ export CC WERROR CUDA
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all run test tests bench soak weights info help clean sanitize fuzz fuzz-build FORCE \
+.PHONY: all run report test tests bench soak weights info help clean sanitize fuzz fuzz-build FORCE \
         bundle gpu-tests bench-gpu study-gpu \
         format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
 # These goals need no compiler, or look for it (and install it) themselves.
-ifneq ($(filter-out run test weights info help clean format lint-format lint-layers lint-readme,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out run report test weights info help clean format lint-format lint-layers lint-readme,$(or $(MAKECMDGOALS),all)),)
 include $(B)/config.mk
 endif
 
@@ -49,7 +49,7 @@ TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
 C_FILES := $(SOURCES) $(wildcard src/*/*.h cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/cuda_host/* tests/unit/*.[ch] tests/fuzz/*.[ch] \
-                                tests/speed/*.c tests/reference/*.c tests/gpu/*.c)
+                                tests/speed/*.c tests/reference/*.c tests/gpu/*.c tests/failures/*.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
 FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c src/run/fence.c \
@@ -200,6 +200,13 @@ run:
 	@$(MAKE) --no-print-directory $(JOBS) all
 	mpirun -np $(NP) ./fovea $(ARGS)
 
+# The analysis in an environment of its own; OUT=DIR reports another study.
+report: $(B)/analysis/made
+	@PYTHONPATH=analysis $(B)/analysis/bin/python -m fovea_analysis report $(or $(OUT),runs/ablations) $(ARGS)
+$(B)/analysis/made: analysis/pyproject.toml scripts/analysis_environment
+	@scripts/configure install analysis || true
+	@scripts/analysis_environment $(B)/analysis
+
 $(B)/f32/bench_%: $(B)/f32/tests/speed/bench_%.o $(PARTS:%.c=$(B)/f32/%.o)
 	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
 
@@ -273,6 +280,8 @@ help:
 	@echo "make            build ./fovea"
 	@echo "make run        install what is missing (where it may), build, run the study;"
 	@echo "                NP=ranks, ARGS='options of fovea'"
+	@echo "make report     what runs/ablations shows, as a page: runs/ablations/report/report.html;"
+	@echo "                OUT=DIR another study, ARGS='options of fovea-report'"
 	@echo "make test       the whole test suite; tests/run NAME... runs some of it"
 	@echo "make weights    fetch the published checkpoints into models/ (docs/weights.md)"
 	@echo "make info       what was found, what was not and what that turns off"

@@ -24,6 +24,10 @@ static size_t out_positions(const FvConv *s) { /* of one frame */
     return fv_conv_side(s->height, s->stride) * fv_conv_side(s->width, s->stride);
 }
 
+static size_t inputs(const FvConv *s) { /* elements of x */
+    return s->frames * s->height * s->width * s->in;
+}
+
 static size_t unfolded(const FvConv *s) {
     return 9 * s->in;
 }
@@ -52,15 +56,15 @@ static __global__ void fill_rows(size_t rows, size_t width, const float *bias, f
 
 /* col[p][ky][kx][c] = images[frame][stride * y + ky - 1][stride * x + kx - 1][c], 0 outside the
  * frame; (frame, y, x) is output position first + p, counted through all frames. */
-template <typename X, typename Y>
-static __global__ void unfold(Conv s, size_t first, size_t count, const X *images, Y *col) {
+template <typename T>
+static __global__ void unfold(Conv s, size_t first, size_t count, const T *images, T *col) {
     size_t p = warp_row(), positions = (size_t)s.out_height * s.out_width;
     if (p >= count)
         return;
     size_t frame = (first + p) / positions;
     unsigned at = (unsigned)(first + p - frame * positions);
     unsigned top = at / s.out_width * s.stride, left = at % s.out_width * s.stride;
-    const X *image = images + frame * s.height * s.width * s.in;
+    const T *image = images + frame * s.height * s.width * s.in;
     col += p * 9 * s.in;
     for (unsigned k = threadIdx.x; k < 9 * s.in; k += FV_WARP) {
         unsigned tap = k / s.in, y = top + tap / 3, x = left + tap % 3; /* one too large */
@@ -101,29 +105,29 @@ static __global__ void fold(Conv s, size_t frames, const float *col, float *imag
     }
 }
 
-/* col holds `count` unfolded positions in the type that products read. */
-static void unfold_rows(FvCuda *cuda, const FvConv *s, size_t first, size_t count, const real *x,
-                        float *col) {
+/* x and col as products read them */
+static void unfold_rows(FvCuda *cuda, const FvConv *s, size_t first, size_t count, const void *x,
+                        void *col) {
     dim3 blocks(row_blocks(count)), threads(FV_WARP, ROWS);
-    __nv_bfloat16 *rounded = (__nv_bfloat16 *)col;
-    if (!cuda->bf16)
-        FV_LAUNCH(cuda, unfold, blocks, threads, 0, conv_of(s), first, count, x, col);
-    else if (fv_cuda_is_operand(cuda, x))
+    if (cuda->bf16)
         FV_LAUNCH(cuda, unfold, blocks, threads, 0, conv_of(s), first, count,
-                  (const __nv_bfloat16 *)x, rounded);
+                  (const __nv_bfloat16 *)x, (__nv_bfloat16 *)col);
     else
-        FV_LAUNCH(cuda, unfold, blocks, threads, 0, conv_of(s), first, count, x, rounded);
+        FV_LAUNCH(cuda, unfold, blocks, threads, 0, conv_of(s), first, count, (const float *)x,
+                  (float *)col);
 }
 
 void fv_cuda_conv(FvBackend *backend, const FvConv *s, const real *x, const real *w,
                   const real *bias, real *y) {
     FvCuda *cuda = fv_cuda(backend);
     size_t rows = s->frames * out_positions(s), k = unfolded(s), most = rows_at_once(rows, k);
-    size_t nw = s->out * k, w_bytes = fv_cuda_operand_bytes(cuda, nw, w);
+    size_t nx = inputs(s), nw = s->out * k;
+    size_t bytes = fv_cuda_operand_bytes(cuda, nx, x) + fv_cuda_operand_bytes(cuda, nw, w);
     char *space;
     if (!fv_are_floats(cuda, "conv", w, bias, y) || rows == 0 ||
-        !fv_take_space(cuda, w_bytes + most * k * sizeof(float), &space))
+        !fv_take_space(cuda, bytes + most * k * sizeof(float), &space))
         return;
+    const void *xs = fv_cuda_operand(cuda, nx, x, &space);
     const void *ws = fv_cuda_operand(cuda, nw, w, &space);
     float *col = (float *)space;
     if (bias)
@@ -140,16 +144,16 @@ void fv_cuda_conv(FvBackend *backend, const FvConv *s, const real *x, const real
                           .ldc = s->out,
                           .alpha = 1,
                           .beta = bias ? 1.0f : 0.0f};
-        unfold_rows(cuda, s, first, count, x, col);
+        unfold_rows(cuda, s, first, count, xs, col);
         fv_cuda_gemm(cuda, &product, col, ws, y + first * s->out);
     }
 }
 
-/* What is left of the workspace after dy and w are there as products read them. */
+/* The tensors as products read them, and what is left of the workspace. */
 typedef struct Back {
     FvCuda *cuda;
     const FvConv *s;
-    const void *dy, *w;
+    const void *x, *w, *dy;
     float *col;
 } Back;
 
@@ -158,8 +162,7 @@ static const void *gradient_rows(const Back *b, size_t first) {
 }
 
 /* dw += dy^T col for output positions first .. first + count */
-static void add_weight_gradient(const Back *b, size_t first, size_t count, const float *x,
-                                float *dw) {
+static void add_weight_gradient(const Back *b, size_t first, size_t count, float *dw) {
     size_t k = unfolded(b->s);
     FvGemm to_w = {.trans_a = true,
                    .trans_b = false,
@@ -171,7 +174,7 @@ static void add_weight_gradient(const Back *b, size_t first, size_t count, const
                    .ldc = k,
                    .alpha = 1,
                    .beta = 1};
-    unfold_rows(b->cuda, b->s, first, count, x, b->col);
+    unfold_rows(b->cuda, b->s, first, count, b->x, b->col);
     fv_cuda_gemm(b->cuda, &to_w, gradient_rows(b, first), b->col, dw);
 }
 
@@ -199,23 +202,25 @@ void fv_cuda_conv_back(FvBackend *backend, const FvConv *s, const real *x, const
     FvCuda *cuda = fv_cuda(backend);
     size_t positions = out_positions(s), image = s->height * s->width * s->in;
     size_t frame = positions * unfolded(s), most = rows_at_once(s->frames, frame);
-    size_t rows = s->frames * positions, nw = s->out * unfolded(s);
-    w = dx ? w : nullptr; /* what is not read is not rounded */
-    size_t bytes =
-        fv_cuda_gradient_bytes(cuda, rows, s->out, dy, dbias) + fv_cuda_operand_bytes(cuda, nw, w);
+    size_t rows = s->frames * positions, nx = inputs(s), nw = s->out * unfolded(s);
+    x = dw ? x : nullptr; /* what is not read is not rounded */
+    w = dx ? w : nullptr;
+    size_t bytes = fv_cuda_operand_bytes(cuda, nx, x) + fv_cuda_operand_bytes(cuda, nw, w) +
+                   fv_cuda_gradient_bytes(cuda, rows, s->out, dy, dbias);
     size_t col_bytes = dw || dx ? most * frame * sizeof(float) : 0;
     char *space;
     if (!fv_are_floats(cuda, "conv_back", w, dy, dx, dw, dbias) ||
         !fv_take_space(cuda, bytes + col_bytes, &space))
         return;
+    const void *xs = fv_cuda_operand(cuda, nx, x, &space);
     const void *ws = fv_cuda_operand(cuda, nw, w, &space);
     const void *dys = fv_cuda_gradient(cuda, rows, s->out, dy, dbias, &space);
-    const Back b = {cuda, s, dys, ws, (float *)space};
+    const Back b = {cuda, s, xs, ws, dys, (float *)space};
     for (size_t first = 0; (dw || dx) && first < s->frames; first += most) {
         size_t frames = s->frames - first < most ? s->frames - first : most;
         size_t row = first * positions;
         if (dw)
-            add_weight_gradient(&b, row, frames * positions, x, dw);
+            add_weight_gradient(&b, row, frames * positions, dw);
         if (dx)
             input_gradient(&b, row, frames, dx + first * image, add);
     }

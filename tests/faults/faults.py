@@ -38,15 +38,15 @@ FAULTS = [
     one(
         "no weight decay",
         "src/backend/cpu_optimizer.c",
-        "(real)(1 - a->lr * a->weight_decay)",
+        "(real)(1 - rates[0] * a->weight_decay)",
         "1",
     ),
     one("no clipping", "src/backend/cpu_optimizer.c", "(real)(clip < 1 ? clip : 1)", "1"),
     one(
-        "bias correction one step late",
+        "no bias correction of the mean",
         "src/backend/cpu_optimizer.c",
-        "step = (double)a->step;",
-        "step = (double)a->step + 1;",
+        "(real)(rates[0] / rates[1])",
+        "(real)rates[0]",
     ),
     one(
         "a clip factor of at least 1",
@@ -111,8 +111,8 @@ FAULTS = [
     one(
         "no gradient from the query into keys and values",
         QUERY,
-        "q->dq, e->dk[l], e->dv[l])",
-        "q->dq, NULL, NULL)",
+        "e->dk[l], e->dv[l])",
+        "NULL, NULL)",
     ),
     one(
         "no gradient of the entropy",

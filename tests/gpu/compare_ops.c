@@ -220,6 +220,24 @@ static void attention(Compare *c, FvAttention a) {
     check(c, "rope", q, stored);
 }
 
+/* The query of a frozen encoder: products per head before and after it, of `width` elements. */
+static void stored_query(Compare *c, FvQuery a, size_t width) {
+    size_t n = a.frames * a.heads * width, wide = a.frames * a.heads * a.width;
+    Pair q = given(c, n, 1), w = given(c, a.heads * width * a.width, 0.05);
+    Pair b = given(c, a.heads * width, 1), keys = given(c, a.frames * a.keys * a.width, 1);
+    Pair absorbed = made(c, wide), probs = made(c, a.frames * a.heads * a.keys);
+    Pair pooled = made(c, wide), y = made(c, n), dq = made(c, wide), dout = given(c, wide, 1);
+    EACH(o->head_linear_back(be, a.frames, a.heads, a.width, width, R(w), R(q), R(absorbed)));
+    check(c, "head_linear_back", absorbed, product);
+    EACH(o->query(be, &a, R(absorbed), R(keys), R(keys), R(probs), R(pooled));
+         o->head_linear(be, a.frames, a.heads, a.width, width, R(pooled), R(w), R(b), R(y));
+         o->query_back(be, &a, R(absorbed), R(keys), R(keys), R(probs), R(dout), NULL, R(dq), NULL,
+                       NULL));
+    check(c, "stored query", pooled, chain);
+    check(c, "head_linear", y, chain);
+    check(c, "stored query_back", dq, chain);
+}
+
 static void query(Compare *c, FvQuery a) {
     size_t q_n = a.frames * a.heads * a.width, k_n = q_n * a.keys,
            p_n = a.frames * a.heads * a.keys;
@@ -312,7 +330,7 @@ static void losses(Compare *c, size_t rows, size_t width) {
     check(c, "normalize", y, stored);
     check(c, "normalize_back", d, stored);
     Pair total = made_wide(c, 2); /* the second: 0, no norm was bad */
-    EACH(o->norm(be, n, R(x), W(total)));
+    EACH(o->zero(be, W(total), 2 * sizeof(double)); o->norm(be, n, R(x), W(total)));
     check(c, "norm", total, stored);
 }
 
@@ -333,8 +351,9 @@ static void seed_scale(Compare *c) {
     attention(c, (FvAttention){frames, keys, keys, heads, heads, width, 0.125, false, NULL});
     attention(c, (FvAttention){2, rows, rows, 9, 3, lm / 9, 0.125, true, NULL});
     release(c);
-    query(c, (FvQuery){frames, keys, heads, width, 0.125, 0});
-    query(c, (FvQuery){frames, keys, heads, width, 1.25, keys / 8 + 2});
+    query(c, (FvQuery){frames, keys, heads, width, 0.125, 0, false});
+    query(c, (FvQuery){frames, keys, heads, width, 1.25, keys / 8 + 2, false});
+    stored_query(c, (FvQuery){frames, keys, heads, wide, 0.125, 0, true}, width);
     release(c);
     images(c, frames, size, patch, wide);
     conv(c, (FvConv){frames, side, side, 4, 64, 1});
