@@ -14,9 +14,10 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa
 
 Picture = collections.namedtuple("Picture", "file caption")
 
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe, Ito
-DASHES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (6, 1, 1, 1, 1, 1)),
-          (0, (10, 3)))
+# Okabe and Ito's; yellow is too pale on white.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+DASHES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)),
+          (0, (6, 1, 1, 1, 1, 1)), (0, (10, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WINDOW = 50       # steps of the rolling mean; a tenth of the run where that is less
 RAW_SEEDS = 3     # seeds whose single steps are drawn

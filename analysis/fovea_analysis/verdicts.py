@@ -87,7 +87,8 @@ def place(study, experiment):
 
 
 def last_evaluation(study, column, experiment, seeds, from_frame=1):
-    """[seed, clip]: mean over frames of a run's last evaluation; without clips that are not there."""
+    """[seed, clip]: mean over frames of a run's last evaluation; clips that are not there left
+    out."""
     rows = np.isin(study.seed.values, seeds)
     values = study["last_" + column].values[place(study, experiment)][rows]
     values = values[:, :, study.frame.values >= from_frame]

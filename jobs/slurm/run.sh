@@ -29,7 +29,9 @@ prepare() { # DEFAULT_STUDY ARGUMENTS...
     case " $* " in *" --out"*) die 2 "--out is not taken here: FOVEA_OUT=DIR sbatch ..." ;; esac
     out=${FOVEA_OUT:-runs/$(basename "$study" .yaml)}
     restarts=${SLURM_RESTART_COUNT:-0}
-    stopping=''
+    ranks='' stopping=''
+    trap 'stop USR1' USR1
+    trap 'stop TERM' TERM
     say "job $SLURM_JOB_ID, start $((restarts + 1)), on $SLURM_JOB_NODELIST: $study into $out"
 }
 
@@ -54,7 +56,7 @@ choose_launcher() {
 stop() {
     stopping=$1
     say "$1: checkpoint and stop"
-    kill -USR1 "$ranks" 2>/dev/null || true
+    if [ -n "$ranks" ]; then kill -USR1 "$ranks" 2>/dev/null; fi
 }
 
 # run FOLDER ARGUMENTS...: fovea's exit status in $status
@@ -65,8 +67,7 @@ run() {
     status=0
     "${launch[@]}" "${fovea[@]}" "$study" --out "$folder" "$@" &
     ranks=$!
-    trap 'stop USR1' USR1
-    trap 'stop TERM' TERM
+    if [ -n "$stopping" ]; then stop "$stopping"; fi # it came before there were ranks
     # `wait` also returns when a signal has come.
     while kill -0 "$ranks" 2>/dev/null; do
         status=0

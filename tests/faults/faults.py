@@ -111,14 +111,46 @@ FAULTS = [
     one(
         "no gradient from the query into keys and values",
         QUERY,
-        "e->dk[l], e->dv[l])",
-        "NULL, NULL)",
+        "e->dk[l], e->dv[l]);",
+        "NULL, NULL);",
     ),
     one(
         "no gradient of the entropy",
         QUERY,
         "l + 1 == layers ? dprobs : NULL",
         "l > layers ? dprobs : NULL",
+    ),
+    # --- stored outputs of a frozen encoder ---
+    one(
+        "bias of the values not added after the sum",
+        QUERY,
+        "pooled, w->v_w.w, w->v_b.w, a->att",
+        "pooled, w->v_w.w, NULL, a->att",
+    ),
+    one(
+        "gradient of the absorbed query through the values' weights",
+        QUERY,
+        "q->dabsorbed, w->k_w.w, NULL, q->dq",
+        "q->dabsorbed, w->v_w.w, NULL, q->dq",
+    ),
+    one(
+        "every clip's outputs in the first one's place",
+        MODEL,
+        "m->encoded + (i * m->c.clips + b) * n",
+        "m->encoded + i * m->c.clips * n",
+    ),
+    # --- what the passes share ---
+    one(
+        "only the last pass's gradient of the text",
+        MODEL,
+        "if (first || !m->c.share_text)",
+        "if (first || last)",
+    ),
+    one(
+        "only the last pass's gradient of the shared convolutions",
+        MODEL,
+        "m->c.share_convolutions && pass == FV_COARSE",
+        "pass == FV_PASSES",
     ),
     # --- further terms ---
     one("hinge with the passes swapped", MODEL, HINGE_CALL, HINGE_SWAPPED),

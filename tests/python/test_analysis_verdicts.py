@@ -10,7 +10,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[2] / "analysis"),
                 str(pathlib.Path(__file__).resolve().parent)]
 import study_file  # noqa: E402
 from fovea_analysis import Unreadable, load  # noqa: E402
-from fovea_analysis.report import claim  # noqa: E402
+from fovea_analysis.answer import claim  # noqa: E402
 from fovea_analysis.statistics import estimate, mean_of, minus, sign_flip  # noqa: E402
 from fovea_analysis.verdicts import Comparison, correct, judge, verdict  # noqa: E402
 
