@@ -26,7 +26,8 @@ export CC WERROR CUDA
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all run report attend test tests bench soak weights info help clean sanitize fuzz fuzz-build FORCE \
+.PHONY: all run report attend test tests bench soak weights info help clean sanitize fuzz fuzz-build \
+        FORCE bundle gpu-tests bench-gpu study-gpu \
         format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
@@ -42,16 +43,16 @@ $(B)/config.mk: scripts/configure scripts/packages.txt
 SOURCES := $(sort $(wildcard src/base/*.c src/backend/*.c src/model/*.c src/run/*.c src/main.c))
 PARTS := $(filter-out src/main.c,$(SOURCES))
 # The part of the program whose mathematics is proved in double.
-PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file% \
+PARTS_F64 := $(filter src/base/% src/backend/% src/model/% src/run/safetensors% src/run/file% src/run/fence% \
              src/run/weights.c src/run/model_folder% src/run/hf_config% src/run/config%,$(PARTS))
 TESTS := $(sort $(wildcard tests/unit/test_*.c))
 TESTS_F64 := $(sort $(wildcard tests/unit/test_ops*.c tests/unit/test_model*.c tests/unit/test_golden*.c))
 SHARED := $(filter-out $(TESTS),$(wildcard tests/unit/*.c))
 C_FILES := $(SOURCES) $(wildcard src/*/*.h cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/cuda_host/* tests/unit/*.[ch] tests/fuzz/*.[ch] \
-                                tests/speed/*.c tests/reference/*.c)
+                                tests/speed/*.c tests/reference/*.c tests/gpu/*.c tests/failures/*.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/fuzz/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The readers that are fuzzed, and what they call.
-FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c \
+FUZZ_PARTS := $(filter src/base/% src/model/config.c src/run/safetensors% src/run/files.c src/run/fence.c \
                        src/run/config.c src/run/study% src/run/model_folder.c \
                        src/run/hf_config.c,$(PARTS))
 
@@ -66,13 +67,13 @@ LANGUAGE := -std=c11 -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WAR
 # --- GPU -----------------------------------------------------------------------------------------
 # Where the CUDA Toolkit is found; make CUDA=0 leaves it out (after make clean). Kernels for A100,
 # RTX 40 and H100, and PTX for what comes after.
-CUDA_SOURCES := $(sort $(filter-out $(if $(NCCL_FOUND),,cuda/collective.c),$(wildcard cuda/*.c cuda/*.cu)))
-# The files of the program that know about it.
-CUDA_PARTS := src/run/device.c src/run/exchange.c
-CUDA_OBJECTS := $(CUDA_SOURCES:%=$(B)/gpu/%.o) $(CUDA_PARTS:%=$(B)/gpu/%.o)
+ALL_CUDA := $(sort $(wildcard cuda/*.c cuda/*.cu))
+CUDA_SOURCES := $(filter-out $(if $(NCCL_FOUND),,cuda/collective.c),$(ALL_CUDA))
+CUDA_USERS := src/run/device.c src/run/exchange.c # know about it where it is there
 CUDA_DEFINES := -DFV_CUDA $(if $(NCCL_FOUND),-DFV_NCCL)
-OBJECTS := $(if $(CUDA_FOUND),$(CUDA_OBJECTS) $(patsubst %.c,$(B)/f32/%.o,$(filter-out $(CUDA_PARTS),$(SOURCES))),\
-                              $(SOURCES:%.c=$(B)/f32/%.o))
+CUDA_OBJECTS := $(patsubst %,$(B)/gpu/%.o,$(CUDA_SOURCES) $(CUDA_USERS))
+OTHER_OBJECTS := $(patsubst %.c,$(B)/f32/%.o,$(filter-out $(CUDA_USERS),$(SOURCES)))
+OBJECTS := $(if $(CUDA_FOUND),$(CUDA_OBJECTS),$(CUDA_USERS:%.c=$(B)/f32/%.o)) $(OTHER_OBJECTS)
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Isrc -I. -Xcompiler=-Wall,-Wextra,-ffp-contract=off \
               $(if $(WERROR),-Werror all-warnings) \
               -gencode arch=compute_80,code=sm_80 -gencode arch=compute_89,code=sm_89 \
@@ -127,21 +128,71 @@ $(B)/revision.h: FORCE
 -include $(shell find $(B) -name '*.d' 2>/dev/null)
 
 # --- the GPU's kernels on the CPU ------------------------------------------------------------------
-# The backend in cuda/, its own source, against the stand-in for CUDA in tests/cuda_host, under the
-# sanitizers: the suite of operations.
-HOST_TESTS := $(patsubst tests/unit/%.c,$(B)/host/%,$(filter-out %/test_ops_backend.c,$(filter tests/unit/test_ops%,$(TESTS_F64))))
-HOST_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-HOST_CPPFLAGS := -DFV_TEST_CUDA -Itests/cuda_host -Itests/unit $(CPPFLAGS)
-HOST_CUDA := $(patsubst %,$(B)/host/%.o,$(wildcard cuda/*.c cuda/*.cu tests/cuda_host/*.c tests/cuda_host/*.cpp))
-$(B)/host/%.c.o: %.c $(B)/config.mk | $(B)/revision.h
+# The backend in cuda/, its own source, against the stand-in for CUDA in tests/cuda_host: operations
+# and models under the sanitizers; without them the golden cases, which would take a minute longer,
+# and what starts MPI, whose leaks would be reported: NCCL's test and the whole program.
+HOST_FAST := $(filter tests/unit/test_golden%,$(TESTS_F64)) tests/cuda_host/test_nccl.cpp
+HOST_CHECKED := $(filter-out $(HOST_FAST) %/test_ops_backend.c,$(TESTS_F64) $(wildcard tests/cuda_host/test_*.cpp))
+HOST_TESTS := $(patsubst %,$(B)/host/%,$(basename $(notdir $(HOST_CHECKED)))) \
+              $(patsubst %,$(B)/hostfast/%,$(basename $(notdir $(HOST_FAST)))) $(B)/hostfast/fovea
+HOST_SHIM := $(filter-out tests/cuda_host/test_%,$(wildcard tests/cuda_host/*.cpp))
+HOST_CPPFLAGS := -DFV_CUDA -DFV_NCCL -DFV_TEST_CUDA -Itests/cuda_host -Itests/unit $(CPPFLAGS)
+FLAGS_host := -O2 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_hostfast := $(CFLAGS)
+
+define HOST_VARIANT
+$(B)/$(1)/%.c.o: %.c $(B)/config.mk | $(B)/revision.h
+	@mkdir -p $$(@D)
+	$$(CC) $$(LANGUAGE) $$(FLAGS_$(1)) $$(HOST_CPPFLAGS) -MMD -MP -c $$< -o $$@
+$(B)/$(1)/%.o: % $(B)/config.mk
+	@mkdir -p $$(@D)
+	$$(CXX) -std=c++20 -x c++ -ffp-contract=off $$(HOST_WARNINGS) $$(FLAGS_$(1)) $$(HOST_CPPFLAGS) -MMD -MP -c $$< -o $$@
+$(B)/$(1)/test_%: $(B)/$(1)/tests/cuda_host/test_%.cpp.o $$(HOST_SHIM:%=$(B)/$(1)/%.o)
+	$$(CXX) $$(FLAGS_$(1)) $$(LDFLAGS) -Wl,--as-needed $$^ $$(LIBS) $$(CMOCKA_LIBS) -o $$@
+$(B)/$(1)/test_%: $(B)/$(1)/tests/unit/test_%.c.o $$(patsubst %,$(B)/$(1)/%.o,$$(SHARED) $$(ALL_CUDA) $$(HOST_SHIM)) $(2)
+	$$(CXX) $$(FLAGS_$(1)) $$(LDFLAGS) -Wl,--as-needed $$^ $$(LIBS) $$(CMOCKA_LIBS) -o $$@
+endef
+$(eval $(call HOST_VARIANT,host,$(PARTS_F64:%=$(B)/host/%.o)))
+$(eval $(call HOST_VARIANT,hostfast,$(PARTS_F64:%.c=$(B)/f32/%.o)))
+
+$(B)/hostfast/fovea: $(patsubst %,$(B)/hostfast/%.o,$(ALL_CUDA) $(HOST_SHIM) $(CUDA_USERS)) $(OTHER_OBJECTS)
+	$(CXX) $(FLAGS_hostfast) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
+$(B)/host/compare_ops: $(patsubst %,$(B)/host/%.o,tests/gpu/compare_ops.c $(ALL_CUDA) $(HOST_SHIM) $(PARTS_F64))
+	$(CXX) $(FLAGS_host) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
+
+# --- for a machine with a GPU -----------------------------------------------------------------------
+# The tests of operations and model on the CUDA backend, and a folder that runs where the libraries
+# are missing; without FFmpeg, whose libraries need a hundred others: no `fovea prepare` of videos.
+GPU_TESTS := $(patsubst tests/unit/%.c,$(B)/gpu/%,$(filter-out %/test_ops_backend.c,$(TESTS_F64)))
+GPU_PROGRAMS := $(B)/gpu/compare_ops $(B)/gpu/bench_encoder
+GPU_PARTS := $(CUDA_SOURCES:%=$(B)/gpu/%.o) $(PARTS_F64:%.c=$(B)/f32/%.o)
+LINK_GPU = $(CC) $(CFLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) $(NCCL_LIBS) $(CUDA_LIBS) -o $@
+$(B)/gpu/tests/unit/%.c.o: CPPFLAGS += -DFV_TEST_CUDA
+$(B)/gpu/src/run/video.c.o: CPPFLAGS += -UFV_FFMPEG
+$(B)/gpu/test_%: $(B)/gpu/tests/unit/test_%.c.o $(SHARED:%=$(B)/gpu/%.o) $(GPU_PARTS)
+	$(LINK_GPU)
+$(B)/gpu/compare_ops: $(B)/gpu/tests/gpu/compare_ops.c.o $(GPU_PARTS)
+	$(LINK_GPU)
+$(B)/gpu/bench_encoder: $(B)/gpu/tests/speed/bench_encoder.c.o $(GPU_PARTS)
+	$(LINK_GPU)
+$(B)/gpu/fovea: $(filter-out %/video.o,$(OBJECTS)) $(B)/gpu/src/run/video.c.o
+	$(LINK_GPU)
+# Stands in front of functions of the CUDA runtime, found by dlsym.
+$(B)/gpu/count_calls.so: tests/gpu/count_calls.c $(B)/config.mk
 	@mkdir -p $(@D)
-	$(CC) $(LANGUAGE) $(HOST_FLAGS) $(HOST_CPPFLAGS) -MMD -MP -c $< -o $@
-$(B)/host/%.o: % $(B)/config.mk
-	@mkdir -p $(@D)
-	$(CXX) -std=c++20 -x c++ -ffp-contract=off $(HOST_WARNINGS) $(HOST_FLAGS) $(HOST_CPPFLAGS) -MMD -MP -c $< -o $@
-$(B)/host/test_%: $(B)/host/tests/unit/test_%.c.o $(SHARED:%=$(B)/host/%.o) $(HOST_CUDA) \
-                  $(PARTS_F64:%=$(B)/host/%.o)
-	$(CXX) $(HOST_FLAGS) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) $(CMOCKA_LIBS) -o $@
+	$(CC) -shared -fPIC $(LANGUAGE) -Wno-pedantic $(CFLAGS) $(CPPFLAGS) $(CUDA_CFLAGS) $< -Wl,-z,lazy -o $@
+
+gpu-tests: $(GPU_TESTS) $(GPU_PROGRAMS) $(B)/gpu/count_calls.so
+
+bench-gpu: all gpu-tests
+	$(or $(TORCH_PYTHON),python3) tests/bench_gpu
+
+study-gpu: all
+	$(or $(TORCH_PYTHON),python3) tests/bench_gpu --study
+
+bundle: $(if $(CUDA_FOUND),$(B)/gpu/fovea gpu-tests)
+	@$(if $(CUDA_FOUND),,echo "make bundle: no CUDA Toolkit was found, see 'make info'" && exit 1)
+	@scripts/bundle $(B)/bundle $(B)/gpu/fovea $(GPU_TESTS) $(GPU_PROGRAMS) $(B)/gpu/count_calls.so
 
 # --- running -------------------------------------------------------------------------------------
 run:
@@ -188,7 +239,7 @@ F32_TESTS := $(TESTS:tests/unit/%.c=$(B)/f32/%)
 F64_TESTS := $(TESTS_F64:tests/unit/%.c=$(B)/f64/%)
 # test_step_memory.c counts allocations in a way that the sanitizers' allocator does not allow.
 SAN_TESTS := $(filter-out %/test_step_memory,$(TESTS:tests/unit/%.c=$(B)/san/%))
-tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(FUZZERS)
+tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(B)/host/compare_ops $(FUZZERS)
 
 sanitize: $(SAN_TESTS)
 	@tests/run sanitize
@@ -241,6 +292,8 @@ help:
 	@echo "make weights    fetch the published checkpoints into models/ (docs/weights.md)"
 	@echo "make info       what was found, what was not and what that turns off"
 	@echo "make bench      speed: every operation, steps per second, the whole study"
+	@echo "make bench-gpu  speed on a GPU beside PyTorch; make study-gpu: the whole study there"
+	@echo "make bundle     a folder that runs on a GPU machine without the libraries (docs/gpu.md)"
 	@echo "make soak       long runs that are killed and started again; then fuzzing, an hour"
 	@echo "                for each reader, as many at once as there are cores; SECONDS=3600"
 	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"

@@ -1,4 +1,4 @@
-/* The CUDA backend: devices, memory, matrix products, and the table of operations. */
+/* The CUDA backend: devices, memory, and the table of operations. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -76,7 +76,16 @@ static FvStatus cuda_alloc(FvBackend *backend, size_t bytes, void **out, FvError
 }
 
 static void cuda_release(FvBackend *backend, void *p) {
+    fv_cuda_forget(fv_cuda(backend), p);
     fv_cuda_ok(fv_cuda(backend), cudaFree(p), "freeing memory");
+}
+
+static size_t cuda_memory_left(FvBackend *backend) {
+    FvCuda *cuda = fv_cuda(backend);
+    size_t left = 0, whole;
+    if (fv_cuda_ok(cuda, cudaSetDevice(cuda->device), "choosing the GPU"))
+        fv_cuda_ok(cuda, cudaMemGetInfo(&left, &whole), "asking for free memory");
+    return left;
 }
 
 /* --- transfers ------------------------------------------------------------------------------- */
@@ -182,6 +191,18 @@ static void cuda_copy(FvBackend *backend, size_t n, const real *x, real *y) {
 
 /* --- the queue ------------------------------------------------------------------------------- */
 
+/* One of the two may be what another backend of the device has allocated. */
+static void cuda_copy_operands(FvBackend *backend, size_t n, const real *x, real *y) {
+    FvCuda *cuda = fv_cuda(backend);
+    if (cuda->bf16 && !fv_cuda_is_operand(cuda, x) && !fv_cuda_is_operand(cuda, y))
+        fv_cuda_fail(cuda, "copy_operands", "was given no operand tensor");
+    else if (n > 0)
+        fv_cuda_ok(cuda,
+                   cudaMemcpyAsync(y, x, n * backend->operand_bytes, cudaMemcpyDeviceToDevice,
+                                   cuda->stream),
+                   "copying on the GPU");
+}
+
 static FvStatus report_failure(FvCuda *cuda, FvError *err) {
     if (!cuda->failure[0])
         return FV_OK;
@@ -245,42 +266,6 @@ static void cuda_replay(FvBackend *backend) {
     fv_cuda_ok(cuda, cudaGraphLaunch(cuda->recording, cuda->stream), "computing a step");
 }
 
-/* --- matrix products ------------------------------------------------------------------------- */
-
-/* cuBLAS is column-major: a row-major c = a b is its c^T = b^T a^T, operands exchanged. */
-static cublasOperation_t transposed(bool trans) {
-    return trans ? CUBLAS_OP_T : CUBLAS_OP_N;
-}
-
-static cublasComputeType_t arithmetic(const FvCuda *cuda) {
-    return cuda->bf16 ? CUBLAS_COMPUTE_32F_FAST_16BF : CUBLAS_COMPUTE_32F;
-}
-
-void fv_cuda_gemm(FvCuda *cuda, const FvGemm *g, const float *a, const float *b, float *c) {
-    if (g->m == 0 || g->n == 0)
-        return;
-    fv_cublas_ok(cuda,
-                 cublasGemmEx(cuda->blas, transposed(g->trans_b), transposed(g->trans_a), (int)g->n,
-                              (int)g->m, (int)g->k, &g->alpha, b, CUDA_R_32F, (int)g->ldb, a,
-                              CUDA_R_32F, (int)g->lda, &g->beta, c, CUDA_R_32F, (int)g->ldc,
-                              arithmetic(cuda), CUBLAS_GEMM_DEFAULT),
-                 "matrix product");
-}
-
-void fv_cuda_gemm_batch(FvCuda *cuda, const FvGemm *g, size_t count, const float *const *a,
-                        const float *const *b, float *const *c) {
-    if (g->m == 0 || g->n == 0 || count == 0)
-        return;
-    fv_cublas_ok(cuda,
-                 cublasGemmBatchedEx(cuda->blas, transposed(g->trans_b), transposed(g->trans_a),
-                                     (int)g->n, (int)g->m, (int)g->k, &g->alpha,
-                                     (const void *const *)b, CUDA_R_32F, (int)g->ldb,
-                                     (const void *const *)a, CUDA_R_32F, (int)g->lda, &g->beta,
-                                     (void *const *)c, CUDA_R_32F, (int)g->ldc, (int)count,
-                                     arithmetic(cuda), CUBLAS_GEMM_DEFAULT),
-                 "batched matrix product");
-}
-
 void fv_cuda_version(char *out, size_t size) {
     int runtime = 0, driver = 0, blas[3] = {0};
     const libraryPropertyType parts[] = {MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL};
@@ -306,6 +291,7 @@ static void cuda_destroy(FvBackend *backend) {
     for (size_t i = 0; i < cuda->scratch_blocks; i++)
         cudaFree(cuda->scratch[i]);
     cudaFree(cuda->blas_scratch);
+    fv_cuda_forget(cuda, NULL);
     for (size_t i = 0; i < FV_STAGES; i++) {
         FvStage *s = &cuda->stage[i];
         cudaFreeHost(s->host);
@@ -328,7 +314,11 @@ static void cuda_destroy(FvBackend *backend) {
 #define FV_CUDA_ENTRY(name) .name = fv_cuda_##name,
 static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .alloc = cuda_alloc,
+                               .alloc_operands = fv_cuda_alloc_operands,
+                               .alloc_weights = fv_cuda_alloc_weights,
+                               .weights_changed = fv_cuda_weights_changed,
                                .release = cuda_release,
+                               .memory_left = cuda_memory_left,
                                .upload = cuda_upload,
                                .download = cuda_download,
                                .zero = cuda_zero,
@@ -343,6 +333,7 @@ static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .recorded = cuda_recorded,
                                .replay = cuda_replay,
                                .copy = cuda_copy,
+                               .copy_operands = cuda_copy_operands,
                                FV_CUDA_OPS(FV_CUDA_ENTRY)};
 
 size_t fv_cuda_devices(char *why, size_t size) {
@@ -375,7 +366,8 @@ static bool make_marks(FvCuda *cuda) {
 }
 
 /* cuBLAS repeats its bits, and can be recorded, on one stream with a workspace of its own; 32 MiB
- * is what its manual recommends for Hopper. */
+ * is what its manual recommends for Hopper. Parts of a sum are added in float also where the result
+ * is bfloat16. */
 static bool start(FvCuda *cuda) {
     const size_t bytes = (size_t)32 << 20;
     return fv_cuda_ok(cuda, cudaSetDevice(cuda->device), "choosing the GPU") &&
@@ -388,7 +380,10 @@ static bool start(FvCuda *cuda) {
            fv_cuda_ok(cuda, cudaMalloc(&cuda->blas_scratch, bytes), "cuBLAS's workspace") &&
            fv_cublas_ok(cuda, cublasSetWorkspace(cuda->blas, cuda->blas_scratch, bytes),
                         "cuBLAS's workspace") &&
-           fv_cublas_ok(cuda, cublasSetMathMode(cuda->blas, CUBLAS_DEFAULT_MATH), "cuBLAS's mode");
+           fv_cublas_ok(
+               cuda,
+               cublasSetMathMode(cuda->blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
+               "cuBLAS's mode");
 }
 
 FvStatus fv_cuda_backend_create(const FvCudaOptions *options, FvBackend **out, FvError *err) {
@@ -397,11 +392,16 @@ FvStatus fv_cuda_backend_create(const FvCudaOptions *options, FvBackend **out, F
     FvCuda *cuda = calloc(1, sizeof *cuda);
     if (!cuda)
         return FV_FAIL(err, FV_DEVICE, "out of memory for a backend");
-    *cuda = (FvCuda){
-        .base = {.ops = &cuda_ops, .name = "cuda", .on_host = options->managed, .records = true},
-        .device = (int)options->device,
-        .bf16 = options->bf16,
-        .managed = options->managed};
+    *cuda = (FvCuda){.base = {.ops = &cuda_ops,
+                              .name = "cuda",
+                              .on_host = options->managed,
+                              .records = true,
+                              .operand_bytes = options->bf16 ? 2 : sizeof(real)},
+                     .device = (int)options->device,
+                     .bf16 = options->bf16,
+                     .managed = options->managed};
+    if (options->bf16)
+        fv_cuda_check_floats(cuda, &cuda_ops);
     snprintf(cuda->base.description, sizeof cuda->base.description, "%s, %s, %s", device.name,
              device.bus, options->bf16 ? "bf16" : "fp32");
     if (!start(cuda)) {

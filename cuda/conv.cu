@@ -1,6 +1,6 @@
-/* 3 x 3 convolutions, channels last: output positions are unfolded into [positions, 9 * in], as
- * many at once as the workspace holds, and multiplied. Nine times a frame that is in memory cannot
- * overflow a size. */
+/* 3 x 3 convolutions, channels last: output positions are unfolded into [positions, 9 * in], in
+ * the type that products read, as many at once as the workspace holds, and multiplied. Nine times a
+ * frame that is in memory cannot overflow a size. */
 #include "cuda/kernel.cuh"
 
 enum { ROWS = 8 }; /* of a block: a warp each */
@@ -22,6 +22,10 @@ static Conv conv_of(const FvConv *s) {
 
 static size_t out_positions(const FvConv *s) { /* of one frame */
     return fv_conv_side(s->height, s->stride) * fv_conv_side(s->width, s->stride);
+}
+
+static size_t inputs(const FvConv *s) { /* elements of x */
+    return s->frames * s->height * s->width * s->in;
 }
 
 static size_t unfolded(const FvConv *s) {
@@ -52,19 +56,21 @@ static __global__ void fill_rows(size_t rows, size_t width, const float *bias, f
 
 /* col[p][ky][kx][c] = images[frame][stride * y + ky - 1][stride * x + kx - 1][c], 0 outside the
  * frame; (frame, y, x) is output position first + p, counted through all frames. */
-static __global__ void unfold(Conv s, size_t first, size_t count, const float *images, float *col) {
+template <typename T>
+static __global__ void unfold(Conv s, size_t first, size_t count, const T *images, T *col) {
     size_t p = warp_row(), positions = (size_t)s.out_height * s.out_width;
     if (p >= count)
         return;
     size_t frame = (first + p) / positions;
     unsigned at = (unsigned)(first + p - frame * positions);
     unsigned top = at / s.out_width * s.stride, left = at % s.out_width * s.stride;
-    const float *image = images + frame * s.height * s.width * s.in;
+    const T *image = images + frame * s.height * s.width * s.in;
     col += p * 9 * s.in;
     for (unsigned k = threadIdx.x; k < 9 * s.in; k += FV_WARP) {
         unsigned tap = k / s.in, y = top + tap / 3, x = left + tap % 3; /* one too large */
         bool inside = y >= 1 && y <= s.height && x >= 1 && x <= s.width;
-        col[k] = inside ? image[((size_t)(y - 1) * s.width + x - 1) * s.in + k % s.in] : 0.0f;
+        size_t i = ((size_t)(y - 1) * s.width + x - 1) * s.in + k % s.in;
+        fv_store(col + k, inside ? fv_load(image + i) : 0.0f);
     }
 }
 
@@ -99,13 +105,31 @@ static __global__ void fold(Conv s, size_t frames, const float *col, float *imag
     }
 }
 
+/* x and col as products read them */
+static void unfold_rows(FvCuda *cuda, const FvConv *s, size_t first, size_t count, const void *x,
+                        void *col) {
+    dim3 blocks(row_blocks(count)), threads(FV_WARP, ROWS);
+    if (cuda->bf16)
+        FV_LAUNCH(cuda, unfold, blocks, threads, 0, conv_of(s), first, count,
+                  (const __nv_bfloat16 *)x, (__nv_bfloat16 *)col);
+    else
+        FV_LAUNCH(cuda, unfold, blocks, threads, 0, conv_of(s), first, count, (const float *)x,
+                  (float *)col);
+}
+
 void fv_cuda_conv(FvBackend *backend, const FvConv *s, const real *x, const real *w,
                   const real *bias, real *y) {
     FvCuda *cuda = fv_cuda(backend);
     size_t rows = s->frames * out_positions(s), k = unfolded(s), most = rows_at_once(rows, k);
-    float *col = (float *)fv_cuda_workspace(cuda, most * k * sizeof *col);
-    if (!col || rows == 0)
+    size_t nx = inputs(s), nw = s->out * k;
+    size_t bytes = fv_cuda_operand_bytes(cuda, nx, x) + fv_cuda_operand_bytes(cuda, nw, w);
+    char *space;
+    if (!fv_are_floats(cuda, "conv", w, bias, y) || rows == 0 ||
+        !fv_take_space(cuda, bytes + most * k * sizeof(float), &space))
         return;
+    const void *xs = fv_cuda_operand(cuda, nx, x, &space);
+    const void *ws = fv_cuda_operand(cuda, nw, w, &space);
+    float *col = (float *)space;
     if (bias)
         FV_LAUNCH(cuda, fill_rows, row_blocks(rows), dim3(FV_WARP, ROWS), 0, rows, s->out, bias, y);
     for (size_t first = 0; first < rows; first += most) {
@@ -120,48 +144,56 @@ void fv_cuda_conv(FvBackend *backend, const FvConv *s, const real *x, const real
                           .ldc = s->out,
                           .alpha = 1,
                           .beta = bias ? 1.0f : 0.0f};
-        FV_LAUNCH(cuda, unfold, row_blocks(count), dim3(FV_WARP, ROWS), 0, conv_of(s), first, count,
-                  x, col);
-        fv_cuda_gemm(cuda, &product, col, w, y + first * s->out);
+        unfold_rows(cuda, s, first, count, xs, col);
+        fv_cuda_gemm(cuda, &product, col, ws, y + first * s->out);
     }
 }
 
+/* The tensors as products read them, and what is left of the workspace. */
+typedef struct Back {
+    FvCuda *cuda;
+    const FvConv *s;
+    const void *x, *w, *dy;
+    float *col;
+} Back;
+
+static const void *gradient_rows(const Back *b, size_t first) {
+    return (const char *)b->dy + first * b->s->out * b->cuda->base.operand_bytes;
+}
+
 /* dw += dy^T col for output positions first .. first + count */
-static void add_weight_gradient(FvCuda *cuda, const FvConv *s, size_t first, size_t count,
-                                const float *x, const float *dy, float *col, float *dw) {
-    size_t k = unfolded(s);
+static void add_weight_gradient(const Back *b, size_t first, size_t count, float *dw) {
+    size_t k = unfolded(b->s);
     FvGemm to_w = {.trans_a = true,
                    .trans_b = false,
-                   .m = s->out,
+                   .m = b->s->out,
                    .n = k,
                    .k = count,
-                   .lda = s->out,
+                   .lda = b->s->out,
                    .ldb = k,
                    .ldc = k,
                    .alpha = 1,
                    .beta = 1};
-    FV_LAUNCH(cuda, unfold, row_blocks(count), dim3(FV_WARP, ROWS), 0, conv_of(s), first, count, x,
-              col);
-    fv_cuda_gemm(cuda, &to_w, dy + first * s->out, col, dw);
+    unfold_rows(b->cuda, b->s, first, count, b->x, b->col);
+    fv_cuda_gemm(b->cuda, &to_w, gradient_rows(b, first), b->col, dw);
 }
 
-/* col = dy w, folded into dx; dy and dx begin at the first of the frames */
-static void input_gradient(FvCuda *cuda, const FvConv *s, size_t frames, const float *w,
-                           const float *dy, float *col, float *dx, bool add) {
-    size_t k = unfolded(s);
+/* col = dy w for the positions from `first` on, in float; folded into dx of those frames */
+static void input_gradient(const Back *b, size_t first, size_t frames, float *dx, bool add) {
+    size_t k = unfolded(b->s);
     FvGemm to_col = {.trans_a = false,
                      .trans_b = false,
-                     .m = frames * out_positions(s),
+                     .m = frames * out_positions(b->s),
                      .n = k,
-                     .k = s->out,
-                     .lda = s->out,
+                     .k = b->s->out,
+                     .lda = b->s->out,
                      .ldb = k,
                      .ldc = k,
                      .alpha = 1,
                      .beta = 0};
-    fv_cuda_gemm(cuda, &to_col, dy, w, col);
-    FV_LAUNCH(cuda, fold, row_blocks(frames * s->height * s->width), dim3(FV_WARP, ROWS), 0,
-              conv_of(s), frames, col, dx, add);
+    fv_cuda_gemm(b->cuda, &to_col, gradient_rows(b, first), b->w, b->col);
+    FV_LAUNCH(b->cuda, fold, row_blocks(frames * b->s->height * b->s->width), dim3(FV_WARP, ROWS),
+              0, conv_of(b->s), frames, b->col, dx, add);
 }
 
 /* In whole frames, because fold needs all neighbours of a position. */
@@ -170,20 +202,26 @@ void fv_cuda_conv_back(FvBackend *backend, const FvConv *s, const real *x, const
     FvCuda *cuda = fv_cuda(backend);
     size_t positions = out_positions(s), image = s->height * s->width * s->in;
     size_t frame = positions * unfolded(s), most = rows_at_once(s->frames, frame);
-    if (dbias) /* first: it has the workspace to itself */
-        fv_cuda_add_columns(cuda, s->frames * positions, s->out, dy, nullptr, nullptr, nullptr,
-                            dbias);
-    if (!dw && !dx)
+    size_t rows = s->frames * positions, nx = inputs(s), nw = s->out * unfolded(s);
+    x = dw ? x : nullptr; /* what is not read is not rounded */
+    w = dx ? w : nullptr;
+    size_t bytes = fv_cuda_operand_bytes(cuda, nx, x) + fv_cuda_operand_bytes(cuda, nw, w) +
+                   fv_cuda_gradient_bytes(cuda, rows, s->out, dy, dbias);
+    size_t col_bytes = dw || dx ? most * frame * sizeof(float) : 0;
+    char *space;
+    if (!fv_are_floats(cuda, "conv_back", w, dy, dx, dw, dbias) ||
+        !fv_take_space(cuda, bytes + col_bytes, &space))
         return;
-    float *col = (float *)fv_cuda_workspace(cuda, most * frame * sizeof *col);
-    if (!col)
-        return;
-    for (size_t first = 0; first < s->frames; first += most) {
+    const void *xs = fv_cuda_operand(cuda, nx, x, &space);
+    const void *ws = fv_cuda_operand(cuda, nw, w, &space);
+    const void *dys = fv_cuda_gradient(cuda, rows, s->out, dy, dbias, &space);
+    const Back b = {cuda, s, xs, ws, dys, (float *)space};
+    for (size_t first = 0; (dw || dx) && first < s->frames; first += most) {
         size_t frames = s->frames - first < most ? s->frames - first : most;
         size_t row = first * positions;
         if (dw)
-            add_weight_gradient(cuda, s, row, frames * positions, x, dy, col, dw);
+            add_weight_gradient(&b, row, frames * positions, dw);
         if (dx)
-            input_gradient(cuda, s, frames, w, dy + row * s->out, col, dx + first * image, add);
+            input_gradient(&b, row, frames, dx + first * image, add);
     }
 }

@@ -9,8 +9,9 @@ static __device__ size_t warp_row() {
 
 /* A block per patch. The value, (byte / 255 - mean) / deviation as ImageNet's, is computed in
  * double, one multiply-add, to round as on the CPU. */
+template <typename T>
 static __global__ void cut_patches(unsigned grid, unsigned size, unsigned patch,
-                                   const uint8_t *pixels, float *out) {
+                                   const uint8_t *pixels, T *out) {
     static const double scale[3] = {1 / (255 * 0.229), 1 / (255 * 0.224), 1 / (255 * 0.225)};
     static const double shift[3] = {0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225};
     size_t frame = blockIdx.x / (grid * grid);
@@ -20,15 +21,18 @@ static __global__ void cut_patches(unsigned grid, unsigned size, unsigned patch,
     out += (size_t)blockIdx.x * 3 * area;
     for (unsigned k = threadIdx.x; k < 3 * area; k += blockDim.x) {
         unsigned c = k / area, y = top + k % area / patch, x = left + k % patch;
-        out[k] = (float)(image[((size_t)y * size + x) * 3 + c] * scale[c] - shift[c]);
+        fv_store(out + k, (float)(image[((size_t)y * size + x) * 3 + c] * scale[c] - shift[c]));
     }
 }
 
 void fv_cuda_patchify(FvBackend *backend, size_t frames, size_t size, size_t patch,
                       const uint8_t *pixels, real *out) {
     size_t grid = size / patch;
-    FV_LAUNCH(fv_cuda(backend), cut_patches, (unsigned)(frames * grid * grid), FV_BLOCK, 0,
-              (unsigned)grid, (unsigned)size, (unsigned)patch, pixels, out);
+    FvCuda *cuda = fv_cuda(backend);
+    fv_with_elements(cuda, out, [&](auto *patches) {
+        FV_LAUNCH(cuda, cut_patches, (unsigned)(frames * grid * grid), FV_BLOCK, 0, (unsigned)grid,
+                  (unsigned)size, (unsigned)patch, pixels, patches);
+    });
 }
 
 static __global__ void add_positions(size_t rows, size_t patches, size_t width, const float *patch,

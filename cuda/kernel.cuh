@@ -3,6 +3,8 @@
 #ifndef FV_CUDA_KERNEL_CUH
 #define FV_CUDA_KERNEL_CUH
 
+#include <cuda_bf16.h>
+
 #include "cuda/internal.h"
 
 enum { FV_WARP = 32, FV_BLOCK = 256 };
@@ -32,6 +34,45 @@ static inline unsigned fv_blocks(size_t n, size_t threads) {
 static __device__ inline size_t fv_thread(void) { /* of the whole grid */
     return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
 }
+
+/* --- elements of operand tensors ---------------------------------------------------------------
+ */
+
+static __device__ inline float fv_load(const float *x) {
+    return *x;
+}
+static __device__ inline float fv_load(const __nv_bfloat16 *x) {
+    return __bfloat162float(*x);
+}
+static __device__ inline void fv_store(float *y, float value) {
+    *y = value;
+}
+static __device__ inline void fv_store(__nv_bfloat16 *y, float value) {
+    *y = __float2bfloat16_rn(value);
+}
+
+/* call(x), with x of the type that its elements have. */
+template <typename Call> static void fv_with_elements(FvCuda *cuda, real *x, Call call) {
+    if (fv_cuda_is_operand(cuda, x))
+        call((__nv_bfloat16 *)x);
+    else
+        call(x);
+}
+
+/* For operations that take some operand tensors: false when one of these others is one. */
+template <typename... T>
+static bool fv_are_floats(FvCuda *cuda, const char *name, const T *...tensors) {
+    return (fv_cuda_is_float(cuda, name, tensors) && ...);
+}
+
+/* The workspace for `bytes`, which may be 0; false when there is none. */
+static inline bool fv_take_space(FvCuda *cuda, size_t bytes, char **space) {
+    *space = bytes > 0 ? (char *)fv_cuda_workspace(cuda, bytes) : NULL;
+    return bytes == 0 || *space;
+}
+
+/* --- sums --------------------------------------------------------------------------------------
+ */
 
 /* All lanes of the warp must call these; all receive the result. */
 template <typename T> static __device__ inline T fv_warp_sum(T x) {

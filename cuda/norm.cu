@@ -43,8 +43,9 @@ void fv_cuda_residual_back(FvBackend *backend, size_t rows, size_t width, const 
 
 /* --- LayerNorm ------------------------------------------------------------------------------- */
 
+template <typename T>
 static __global__ void layernorm(size_t rows, size_t width, float eps, const float *x,
-                                 const float *gamma, const float *beta, float *y, float *mean_out,
+                                 const float *gamma, const float *beta, T *y, float *mean_out,
                                  float *rstd_out) {
     size_t row = warp_row(), lane = warp_lane();
     if (row >= rows)
@@ -59,7 +60,7 @@ static __global__ void layernorm(size_t rows, size_t width, float eps, const flo
         square += (x[i] - mean) * (x[i] - mean);
     float rstd = 1 / sqrtf(fv_warp_sum(square) / (float)width + eps);
     for (size_t i = lane; i < width; i += FV_WARP)
-        y[i] = (x[i] - mean) * rstd * gamma[i] + beta[i];
+        fv_store(y + i, (x[i] - mean) * rstd * gamma[i] + beta[i]);
     if (lane == 0) {
         mean_out[row] = mean;
         rstd_out[row] = rstd;
@@ -68,8 +69,13 @@ static __global__ void layernorm(size_t rows, size_t width, float eps, const flo
 
 void fv_cuda_layernorm(FvBackend *backend, size_t rows, size_t width, double eps, const real *x,
                        const real *gamma, const real *beta, real *y, real *mean, real *rstd) {
-    FV_LAUNCH(fv_cuda(backend), layernorm, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width,
-              (float)eps, x, gamma, beta, y, mean, rstd);
+    FvCuda *cuda = fv_cuda(backend);
+    if (!fv_are_floats(cuda, "layernorm", x, gamma, beta, mean, rstd))
+        return;
+    fv_with_elements(cuda, y, [&](auto *out) {
+        FV_LAUNCH(cuda, layernorm, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width,
+                  (float)eps, x, gamma, beta, out, mean, rstd);
+    });
 }
 
 /* With h = (x - mean) rstd and g = gamma dy: dx = rstd (g - mean(g) - h mean(g h)). */
@@ -110,8 +116,9 @@ void fv_cuda_layernorm_back(FvBackend *backend, size_t rows, size_t width, const
 
 /* --- RMSNorm --------------------------------------------------------------------------------- */
 
+template <typename T>
 static __global__ void rmsnorm(size_t rows, size_t width, float eps, const float *x,
-                               const float *gamma, float *y, float *rstd_out) {
+                               const float *gamma, T *y, float *rstd_out) {
     size_t row = warp_row(), lane = warp_lane();
     if (row >= rows)
         return;
@@ -122,15 +129,20 @@ static __global__ void rmsnorm(size_t rows, size_t width, float eps, const float
         square += x[i] * x[i];
     float rstd = 1 / sqrtf(fv_warp_sum(square) / (float)width + eps);
     for (size_t i = lane; i < width; i += FV_WARP)
-        y[i] = x[i] * rstd * gamma[i];
+        fv_store(y + i, x[i] * rstd * gamma[i]);
     if (lane == 0)
         rstd_out[row] = rstd;
 }
 
 void fv_cuda_rmsnorm(FvBackend *backend, size_t rows, size_t width, double eps, const real *x,
                      const real *gamma, real *y, real *rstd) {
-    FV_LAUNCH(fv_cuda(backend), rmsnorm, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width,
-              (float)eps, x, gamma, y, rstd);
+    FvCuda *cuda = fv_cuda(backend);
+    if (!fv_are_floats(cuda, "rmsnorm", x, gamma, rstd))
+        return;
+    fv_with_elements(cuda, y, [&](auto *out) {
+        FV_LAUNCH(cuda, rmsnorm, fv_blocks(rows, ROW_WARPS), ROW_BLOCK, 0, rows, width, (float)eps,
+                  x, gamma, out, rstd);
+    });
 }
 
 /* With h = x rstd and g = gamma dy: dx = rstd (g - h mean(g h)). */

@@ -60,8 +60,9 @@ typedef struct Update {
     float beta1, beta2, rest1, rest2, eps; /* rest: 1 - beta */
 } Update;
 
+/* copy: of p, rounded for products, or NULL */
 static __global__ void update(Update u, const double *rates, size_t n, const double *norm,
-                              const float *g, float *p, float *m, float *v) {
+                              const float *g, float *p, float *m, float *v, __nv_bfloat16 *copy) {
     if (!is_finite(norm[0] + norm[1]))
         return;
     double clip = u.clip_norm / (norm[0] + 1e-6);
@@ -73,6 +74,8 @@ static __global__ void update(Update u, const double *rates, size_t n, const dou
         m[i] = mean;
         v[i] = square;
         p[i] = p[i] * decay - step * mean / (sqrtf(square) * correction + u.eps);
+        if (copy)
+            fv_store(copy + i, p[i]);
     }
 }
 
@@ -86,7 +89,8 @@ void fv_cuda_adamw(FvBackend *backend, const FvAdamW *a, const double *rates, si
     u.rest1 = (float)(1 - a->beta1);
     u.rest2 = (float)(1 - a->beta2);
     u.eps = (float)a->eps;
-    FV_LAUNCH(fv_cuda(backend), update, grid_blocks(n), FV_BLOCK, 0, u, rates, n, norm, g, p, m, v);
+    FV_LAUNCH(fv_cuda(backend), update, grid_blocks(n), FV_BLOCK, 0, u, rates, n, norm, g, p, m, v,
+              (__nv_bfloat16 *)fv_cuda_copy_of(fv_cuda(backend), p));
 }
 
 /* --- values that are not finite -------------------------------------------------------------- */
@@ -117,7 +121,7 @@ static __global__ void largest(size_t parts, const Rest *part, Rest *out) {
 size_t fv_cuda_first_nonfinite(FvBackend *backend, size_t n, const real *x) {
     FvCuda *cuda = fv_cuda(backend);
     Rest rest = 0, *part = (Rest *)fv_cuda_workspace(cuda, (most_blocks + 1) * sizeof *part);
-    if (!part)
+    if (!part || !fv_are_floats(cuda, "first_nonfinite", x))
         return n;
     unsigned parts = grid_blocks(n);
     FV_LAUNCH(cuda, search_part, parts, FV_BLOCK, 0, n, x, part);

@@ -114,14 +114,19 @@ static __device__ inline float normal_density(float x) {
     return 0.39894228f * (e - 0.5f * rest * e);
 }
 
-static __global__ void gelu(size_t n, const float *x, float *y) {
+template <typename T> static __global__ void gelu(size_t n, const float *x, T *y) {
     size_t i = fv_thread();
     if (i < n)
-        y[i] = x[i] * normal_cdf(normal_range(x[i])); /* NaN stays, by the factor x */
+        fv_store(y + i, x[i] * normal_cdf(normal_range(x[i]))); /* NaN stays, by the factor x */
 }
 
 void fv_cuda_gelu(FvBackend *backend, size_t n, const real *x, real *y) {
-    FV_LAUNCH(fv_cuda(backend), gelu, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, x, y);
+    FvCuda *cuda = fv_cuda(backend);
+    if (!fv_are_floats(cuda, "gelu", x))
+        return;
+    fv_with_elements(cuda, y, [&](auto *out) {
+        FV_LAUNCH(cuda, gelu, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, x, out);
+    });
 }
 
 /* gelu'(x) = Phi(x) + x phi(x) */
@@ -161,14 +166,20 @@ static __device__ inline float sigmoid(float x) {
     return 1 / (1 + expf(-x));
 }
 
-static __global__ void swiglu(size_t n, const float *gate, const float *up, float *y) {
+template <typename T>
+static __global__ void swiglu(size_t n, const float *gate, const float *up, T *y) {
     size_t i = fv_thread();
     if (i < n)
-        y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+        fv_store(y + i, gate[i] * sigmoid(gate[i]) * up[i]);
 }
 
 void fv_cuda_swiglu(FvBackend *backend, size_t n, const real *gate, const real *up, real *y) {
-    FV_LAUNCH(fv_cuda(backend), swiglu, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, gate, up, y);
+    FvCuda *cuda = fv_cuda(backend);
+    if (!fv_are_floats(cuda, "swiglu", gate, up))
+        return;
+    fv_with_elements(cuda, y, [&](auto *out) {
+        FV_LAUNCH(cuda, swiglu, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, gate, up, out);
+    });
 }
 
 static __global__ void swiglu_back(size_t n, const float *gate, const float *up, const float *dy,

@@ -7,6 +7,14 @@
  * they have run; sync() waits and reports what went wrong. Sums have a fixed order: the same call
  * gives the same bits, whatever the number of threads.
  *
+ * Tensors that only products read (an activation, the output of a norm or of attention) may be
+ * operand tensors, from alloc_operands: the backend keeps them in the type that its products read,
+ * whatever the pointer's, so nobody counts elements from the pointer and the host reads none. They
+ * are taken as y of gelu, swiglu, layernorm, rmsnorm and head_linear, as out of attention, query
+ * and patchify, as x of linear, linear_back, head_linear, conv and conv_back, as k and v of query
+ * and query_back where dk and dv are NULL, and by copy_operands. Any other operation on one is
+ * refused.
+ *
  * In every *_back: gradients of parameters (dw, dbias, dgamma, ...) are accumulated (+=) and may
  * be NULL, meaning frozen; gradients of activations are overwritten unless `add` is true or the
  * comment says "+=", and may be NULL where the comment says so. */
@@ -42,6 +50,7 @@ typedef struct FvQuery {
     size_t frames, keys, heads, width;
     double scale; /* multiplies the scores: 1 / (sqrt(width) * temperature) */
     size_t top_k; /* keep the k largest scores (ties: lower index); 0 or > keys keeps all */
+    bool shared;  /* k and v are [frames, keys, width], read by every head; dk and dv are NULL */
 } FvQuery;
 
 typedef struct FvConv { /* 3 x 3, padding 1 */
@@ -73,7 +82,15 @@ typedef struct FvOps {
 
     /* --- memory; upload and download take host pointers ------------------------------------- */
     FvStatus (*alloc)(FvBackend *, size_t bytes, void **out, FvError *); /* zeroed, FV_ALIGN */
-    void (*release)(FvBackend *, void *);
+    /* zeroed memory for `count` elements of operand tensors, operand_bytes each, FV_ALIGN */
+    FvStatus (*alloc_operands)(FvBackend *, size_t count, void **out, FvError *);
+    /* the same for weights, of which products may read a copy: adamw keeps that up to date, who
+     * writes weights otherwise calls weights_changed for what was written, before they are used */
+    FvStatus (*alloc_weights)(FvBackend *, size_t count, void **out, FvError *);
+    void (*weights_changed)(FvBackend *, size_t count, const real *w);
+    void (*release)(FvBackend *, void *); /* what any of the three gave */
+    /* bytes that alloc could still find, shared with whoever else takes memory there */
+    size_t (*memory_left)(FvBackend *);
     /* src may change at once; the transfer runs beside the operations called before it */
     void (*upload)(FvBackend *, void *dst, const void *src, size_t bytes);
     void (*download)(FvBackend *, void *dst, const void *src, size_t bytes); /* waits */
@@ -100,6 +117,8 @@ typedef struct FvOps {
 
     /* --- rows and elements ------------------------------------------------------------------ */
     void (*copy)(FvBackend *, size_t n, const real *x, real *y);
+    /* the same for operand tensors: n elements of operand_bytes */
+    void (*copy_operands)(FvBackend *, size_t n, const real *x, real *y);
     void (*add)(FvBackend *, size_t n, const real *x, real *y); /* y += x */
     /* dst[di(i)] (+)= src[si(i)] for i < rows, rows of `width`; an index array NULL means i, a
      * source or target index < 0 skips the row. With add, repeated targets are summed in the
@@ -120,6 +139,12 @@ typedef struct FvOps {
     /* dx (NULL: not needed) = or += dy w; dw += dy^T x; dbias += column sums of dy */
     void (*linear_back)(FvBackend *, size_t rows, size_t in, size_t out, const real *x,
                         const real *w, const real *dy, real *dx, bool add, real *dw, real *dbias);
+    /* One product per head: y [rows, heads * out], y_h = x_h w_h^T + bias_h; x [rows, heads * in],
+     * w [heads, out, in], bias [heads * out] or NULL. back: dx_h = dy_h w_h; for frozen w alone */
+    void (*head_linear)(FvBackend *, size_t rows, size_t heads, size_t in, size_t out,
+                        const real *x, const real *w, const real *bias, real *y);
+    void (*head_linear_back)(FvBackend *, size_t rows, size_t heads, size_t in, size_t out,
+                             const real *w, const real *dy, real *dx);
     /* exact GELU, x * Phi(x); gelu_back: dx = dy * gelu'(x), dx may be dy */
     void (*gelu)(FvBackend *, size_t n, const real *x, real *y);
     void (*gelu_back)(FvBackend *, size_t n, const real *x, const real *dy, real *dx);
@@ -251,6 +276,7 @@ struct FvBackend {
     char description[96]; /* processor or GPU, as the tables print it */
     bool on_host;         /* the host may read and write its memory between operations */
     bool records;         /* record(), recorded(), replay() are there */
+    size_t operand_bytes; /* of an element of an operand tensor */
 };
 
 /* Frees a backend of any kind; NULL is fine. What was allocated from it is released before. */

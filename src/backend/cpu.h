@@ -110,6 +110,9 @@ static inline void fv_gemm(bool trans_a, bool trans_b, size_t m, size_t n, size_
 
 /* --- the operations, by file ----------------------------------------------------------------- */
 
+/* cpu_memory.c */
+size_t fv_cpu_memory_left(FvBackend *);
+
 /* cpu_rows.c */
 void fv_cpu_copy(FvBackend *, size_t n, const real *x, real *y);
 void fv_cpu_add(FvBackend *, size_t n, const real *x, real *y);
@@ -134,6 +137,11 @@ void fv_cpu_linear(FvBackend *, size_t rows, size_t in, size_t out, const real *
                    const real *bias, real *y);
 void fv_cpu_linear_back(FvBackend *, size_t rows, size_t in, size_t out, const real *x,
                         const real *w, const real *dy, real *dx, bool add, real *dw, real *dbias);
+
+void fv_cpu_head_linear(FvBackend *, size_t rows, size_t heads, size_t in, size_t out,
+                        const real *x, const real *w, const real *bias, real *y);
+void fv_cpu_head_linear_back(FvBackend *, size_t rows, size_t heads, size_t in, size_t out,
+                             const real *w, const real *dy, real *dx);
 
 /* cpu_norm.c */
 void fv_cpu_layernorm(FvBackend *, size_t rows, size_t width, double eps, const real *x,

@@ -69,6 +69,15 @@ static FvStatus cpu_alloc(FvBackend *backend, size_t bytes, void **out, FvError 
     return FV_OK;
 }
 
+/* Operand tensors and weights are floats like all others. */
+static FvStatus cpu_alloc_real(FvBackend *backend, size_t count, void **out, FvError *err) {
+    return cpu_alloc(backend, fv_mul(count, sizeof(real)), out, err);
+}
+
+static void cpu_weights_changed(FvBackend *backend, size_t count, const real *w) {
+    (void)backend, (void)count, (void)w;
+}
+
 static void cpu_release(FvBackend *backend, void *p) {
     (void)backend;
     free(p);
@@ -130,7 +139,11 @@ static void cpu_destroy(FvBackend *backend) {
 static const FvOps cpu_ops = {
     .destroy = cpu_destroy,
     .alloc = cpu_alloc,
+    .alloc_operands = cpu_alloc_real,
+    .alloc_weights = cpu_alloc_real,
+    .weights_changed = cpu_weights_changed,
     .release = cpu_release,
+    .memory_left = fv_cpu_memory_left,
     .upload = cpu_transfer,
     .download = cpu_transfer,
     .zero = cpu_zero,
@@ -142,12 +155,15 @@ static const FvOps cpu_ops = {
     .reached = cpu_reached,
     .wait = cpu_wait,
     .copy = fv_cpu_copy,
+    .copy_operands = fv_cpu_copy,
     .add = fv_cpu_add,
     .copy_rows = fv_cpu_copy_rows,
     .residual = fv_cpu_residual,
     .residual_back = fv_cpu_residual_back,
     .linear = fv_cpu_linear,
     .linear_back = fv_cpu_linear_back,
+    .head_linear = fv_cpu_head_linear,
+    .head_linear_back = fv_cpu_head_linear_back,
     .gelu = fv_cpu_gelu,
     .gelu_back = fv_cpu_gelu_back,
     .relu = fv_cpu_relu,
@@ -234,6 +250,7 @@ FvStatus fv_cpu_backend_create(size_t threads, FvBackend **out, FvError *err) {
     cpu->base.ops = &cpu_ops;
     cpu->base.name = "cpu";
     cpu->base.on_host = true;
+    cpu->base.operand_bytes = sizeof(real);
     cpu->own = own;
     fill_pixel_table(cpu);
     char name[64];

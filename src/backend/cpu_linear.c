@@ -1,4 +1,4 @@
-/* Dense layers: tiles of the output, one gemm each.
+/* Dense layers, whole or one per head: tiles of the output, one gemm each.
  *
  * Weight gradients sum over rows. Where the weight is too small to give every thread a tile, the
  * rows are cut into parts as well: the first part adds to dw itself, the others to partial sums
@@ -172,4 +172,56 @@ void fv_cpu_linear_back(FvBackend *backend, size_t rows, size_t in, size_t out, 
         if (dbias)
             fv_cpu_add_parts(cpu, o.chunks.count - 1, out, out, o.part_bias, dbias);
     }
+}
+
+/* --- a product per head ---------------------------------------------------------------------- */
+
+typedef struct HeadLinear {
+    size_t heads, in, out;
+    const real *x, *w, *bias; /* backward: x is dy and y is dx */
+    real *y;
+    FvTiles rows;
+} HeadLinear;
+
+static void head_tile(void *arg, size_t tile, size_t thread) {
+    (void)thread;
+    const HeadLinear *o = arg;
+    size_t part = tile / o->heads, h = tile % o->heads;
+    size_t row = fv_split_start(&o->rows, part), rows = fv_split_length(&o->rows, part);
+    size_t x_stride = o->heads * o->in, y_stride = o->heads * o->out;
+    real *y = o->y + row * y_stride + h * o->out;
+    for (size_t i = 0; o->bias && i < rows; i++)
+        memcpy(y + i * y_stride, o->bias + h * o->out, o->out * sizeof(real));
+    fv_gemm(false, true, rows, o->out, o->in, 1, o->x + row * x_stride + h * o->in, x_stride,
+            o->w + h * o->out * o->in, o->in, o->bias ? 1 : 0, y, y_stride);
+}
+
+static void head_back_tile(void *arg, size_t tile, size_t thread) {
+    (void)thread;
+    const HeadLinear *o = arg;
+    size_t part = tile / o->heads, h = tile % o->heads;
+    size_t row = fv_split_start(&o->rows, part), rows = fv_split_length(&o->rows, part);
+    size_t dy_stride = o->heads * o->out, dx_stride = o->heads * o->in;
+    fv_gemm(false, false, rows, o->in, o->out, 1, o->x + row * dy_stride + h * o->out, dy_stride,
+            o->w + h * o->out * o->in, o->in, 0, o->y + row * dx_stride + h * o->in, dx_stride);
+}
+
+static void run_heads(FvBackend *backend, size_t rows, HeadLinear *o, FvTile *run) {
+    if (rows == 0)
+        return;
+    o->rows = fv_split(rows, fv_ceil_div(ENOUGH_TILES, o->heads), 64, 16);
+    fv_cpu_run(fv_cpu(backend), o->rows.count * o->heads, gemm_ns(rows, o->heads * o->out, o->in),
+               run, o);
+}
+
+void fv_cpu_head_linear(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
+                        const real *x, const real *w, const real *bias, real *y) {
+    HeadLinear o = {.heads = heads, .in = in, .out = out, .x = x, .w = w, .bias = bias, .y = y};
+    run_heads(backend, rows, &o, head_tile);
+}
+
+void fv_cpu_head_linear_back(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
+                             const real *w, const real *dy, real *dx) {
+    HeadLinear o = {.heads = heads, .in = in, .out = out, .x = dy, .w = w, .y = dx};
+    run_heads(backend, rows, &o, head_back_tile);
 }

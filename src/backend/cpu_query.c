@@ -93,6 +93,23 @@ FV_SIMD static void spread(size_t keys, size_t width, size_t stride, real scale,
             y[j * stride + i] += scale * p[j] * x[i];
 }
 
+/* With shared keys and values the heads of a frame are the rows of one product. */
+static void shared_forward_tile(void *arg, size_t frame, size_t thread) {
+    const Query *t = arg;
+    const FvQuery *s = t->s;
+    size_t rows = frame * s->heads, keys = frame * s->keys * s->width;
+    real *probs = t->probs + rows * s->keys;
+    fv_gemm(false, true, s->heads, s->keys, s->width, (real)s->scale, t->q + rows * s->width,
+            s->width, t->k + keys, s->width, 0, probs, s->keys);
+    for (size_t h = 0; h < s->heads; h++) {
+        if (s->top_k > 0 && s->top_k < s->keys)
+            keep_largest(s->keys, s->top_k, probs + h * s->keys, t->cpu->own[thread].data);
+        softmax(s->keys, probs + h * s->keys);
+    }
+    fv_gemm(false, false, s->heads, s->width, s->keys, 1, probs, s->keys, t->v + keys, s->width, 0,
+            t->out + rows * s->width, s->width);
+}
+
 static void forward_tile(void *arg, size_t frame, size_t thread) {
     const Query *t = arg;
     const FvQuery *s = t->s;
@@ -115,16 +132,32 @@ void fv_cpu_query(FvBackend *backend, const FvQuery *s, const real *q, const rea
     Query t = {.s = s, .q = q, .k = k, .v = v, .probs = probs, .out = out, .cpu = fv_cpu(backend)};
     if (!fv_cpu_workspace(t.cpu, fv_mul(s->keys, sizeof(Order)), 0))
         return;
-    fv_cpu_run(t.cpu, s->frames, cost_of(s), forward_tile, &t);
+    fv_cpu_run(t.cpu, s->frames, cost_of(s), s->shared ? shared_forward_tile : forward_tile, &t);
 }
 
-FV_SIMD static void score_gradients(size_t keys, size_t width, size_t stride, const real *p,
-                                    const real *v, const real *dout, const real *dprobs, real *ds) {
-    for (size_t j = 0; j < keys; j++)
-        ds[j] = fv_dot(width, dout, v + j * stride) + (dprobs ? dprobs[j] : 0);
+/* ds holds dp, the gradient of the probabilities, on entry and that of the scores on return */
+FV_SIMD static void softmax_back(size_t keys, const real *p, const real *dprobs, real *ds) {
+    for (size_t j = 0; dprobs && j < keys; j++)
+        ds[j] += dprobs[j];
     real dot = fv_dot(keys, p, ds);
     for (size_t j = 0; j < keys; j++)
         ds[j] = p[j] * (ds[j] - dot);
+}
+
+static void shared_backward_tile(void *arg, size_t frame, size_t thread) {
+    const Query *t = arg;
+    const FvQuery *s = t->s;
+    size_t rows = frame * s->heads, keys = frame * s->keys * s->width;
+    real *ds = t->cpu->own[thread].data;
+    fv_gemm(false, true, s->heads, s->keys, s->width, 1, t->dout + rows * s->width, s->width,
+            t->v + keys, s->width, 0, ds, s->keys);
+    for (size_t h = 0; h < s->heads; h++) {
+        size_t probs = (rows + h) * s->keys;
+        softmax_back(s->keys, t->probs_in + probs, t->dprobs ? t->dprobs + probs : NULL,
+                     ds + h * s->keys);
+    }
+    fv_gemm(false, false, s->heads, s->width, s->keys, (real)s->scale, ds, s->keys, t->k + keys,
+            s->width, 0, t->dq + rows * s->width, s->width);
 }
 
 static void backward_tile(void *arg, size_t frame, size_t thread) {
@@ -137,8 +170,8 @@ static void backward_tile(void *arg, size_t frame, size_t thread) {
         const real *q = t->q + row, *dout = t->dout + row, *p = t->probs_in + probs;
         size_t head = at + h * s->width;
         real *dq = t->dq + row;
-        score_gradients(s->keys, s->width, stride, p, t->v + head, dout,
-                        t->dprobs ? t->dprobs + probs : NULL, ds);
+        scores_of(s->keys, s->width, stride, 1, dout, t->v + head, ds);
+        softmax_back(s->keys, p, t->dprobs ? t->dprobs + probs : NULL, ds);
         weighted_sum(s->keys, s->width, stride, scale, ds, t->k + head, dq);
         if (t->dk) {
             spread(s->keys, s->width, stride, scale, ds, q, t->dk + head);
@@ -161,7 +194,9 @@ void fv_cpu_query_back(FvBackend *backend, const FvQuery *s, const real *q, cons
                .dk = dk,
                .dv = dv,
                .cpu = fv_cpu(backend)};
-    if (!fv_cpu_workspace(t.cpu, fv_mul(s->keys, sizeof(real)), 0))
+    size_t heads = s->shared ? s->heads : 1; /* whose scores are held at once */
+    if (!fv_cpu_workspace(t.cpu, fv_mul3(heads, s->keys, sizeof(real)), 0))
         return;
-    fv_cpu_run(t.cpu, s->frames, 2 * cost_of(s), backward_tile, &t);
+    fv_cpu_run(t.cpu, s->frames, 2 * cost_of(s), s->shared ? shared_backward_tile : backward_tile,
+               &t);
 }

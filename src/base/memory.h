@@ -28,11 +28,14 @@ static inline size_t fv_mul4(size_t a, size_t b, size_t c, size_t d) {
 
 enum { FV_ALIGN = 64 }; /* bytes: a cache line, and a whole AVX-512 register */
 
-/* Hands out aligned slices of one block. With base NULL nothing is handed out and only `used`
- * grows: the same carving code first measures, then carves. */
+/* Hands out aligned slices of one block, and of a second one for operand tensors, whose elements
+ * are as wide as the backend says. With base NULL nothing is handed out and only `used` and
+ * `operands_used` grow: the same carving code first measures, then carves. */
 typedef struct FvArena {
-    char *base;
-    size_t used; /* bytes */
+    char *base, *operands;
+    size_t used;          /* bytes of base */
+    size_t operands_used; /* elements of operands */
+    size_t operand_bytes; /* of an element; needed for carving */
 } FvArena;
 
 static inline void *fv_take_bytes(FvArena *arena, size_t bytes) {
@@ -45,6 +48,15 @@ static inline void *fv_take_bytes(FvArena *arena, size_t bytes) {
 /* count elements of `real` */
 static inline real *fv_take(FvArena *arena, size_t count) {
     return fv_take_bytes(arena, fv_mul(count, sizeof(real)));
+}
+
+/* count elements of an operand tensor: see backend.h */
+static inline real *fv_take_operand(FvArena *arena, size_t count) {
+    void *p =
+        arena->operands ? arena->operands + arena->operands_used * arena->operand_bytes : NULL;
+    size_t padded = fv_mul(fv_add(count, FV_ALIGN - 1) / FV_ALIGN, FV_ALIGN);
+    arena->operands_used = fv_add(arena->operands_used, padded);
+    return p;
 }
 
 #endif

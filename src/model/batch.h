@@ -15,6 +15,7 @@ typedef struct FvBatch {
     int32_t *tokens;      /* [clips, max_text]: token ids, the first token_count[c] are valid */
     int32_t *token_count; /* [clips]; all 0 when the data has no captions */
     uint32_t *clip;       /* [clips]: index within the split, for messages and records */
+    uint32_t *number;     /* [clips]: index over both splits, those for training first */
 } FvBatch;
 
 #endif

@@ -30,6 +30,12 @@ typedef struct FvModelConfig {
     bool freeze_dino, freeze_lm;
     double temperature, contrastive, entropy_margin, lambda_coarse;
     size_t hard_attn_k; /* of this model's N + 1 keys; 0 is off */
+    /* savings: the same numbers, but for rounding, from less work */
+    bool skip_tail;          /* deep: of the last encoder layer nothing but what the queries read */
+    bool share_text;         /* the text before the passes runs once for both */
+    bool share_convolutions; /* those before the modulation likewise */
+    bool cache_encoder;      /* freeze_dino: every clip is encoded by itself, and once where the
+                                outputs can be kept */
 } FvModelConfig;
 
 static inline size_t fv_grid(const FvModelConfig *c) {
@@ -44,6 +50,11 @@ static inline size_t fv_latent_side(const FvModelConfig *c) {
 /* values of one frame's latents */
 static inline size_t fv_latent_count(const FvModelConfig *c) {
     return FV_LATENT_CHANNELS * fv_latent_side(c) * fv_latent_side(c);
+}
+
+/* The queries read stored outputs of the encoder. */
+static inline bool fv_encoder_stored(const FvModelConfig *c) {
+    return c->vision && c->freeze_dino && c->cache_encoder;
 }
 
 /* Refuses sizes that no model can have (heads that do not divide widths, zero layers, ...). */

@@ -56,7 +56,7 @@ struct FvDistill {
     double student_temperature;            /* of the last forward pass */
     double *host;
     real *dlogits, *dunit, *dprototypes, *da, *db, *dcls; /* scratch */
-    void *block_weights, *block_train, *block_acts;
+    void *block_weights, *block_train, *block_acts, *block_operands;
 };
 
 static size_t global_count(const FvDistill *d) {
@@ -268,12 +268,14 @@ static FvStatus build(FvDistill *d, FvError *err) {
     FvArena arena = {0};
     carve(d, &arena);
     size_t n = d->params.trained_memory;
-    FV_TRY(be->ops->alloc(be, fv_mul(d->params.memory, sizeof(real)), &d->block_weights, err));
+    FV_TRY(be->ops->alloc_weights(be, d->params.memory, &d->block_weights, err));
     FV_TRY(be->ops->alloc(be, fv_mul3(3, n, sizeof(real)), &d->block_train, err));
     FV_TRY(be->ops->alloc(be, arena.used, &d->block_acts, err));
+    FV_TRY(be->ops->alloc_operands(be, arena.operands_used, &d->block_operands, err));
     real *g = d->block_train;
     fv_params_bind(&d->params, d->block_weights, g, g + n, g + 2 * n);
-    arena = (FvArena){.base = d->block_acts};
+    arena = (FvArena){
+        .base = d->block_acts, .operands = d->block_operands, .operand_bytes = be->operand_bytes};
     carve(d, &arena);
     d->global.pos = d->student.pos;
     d->taught.pos = d->teacher.pos;
@@ -305,8 +307,8 @@ FvStatus fv_distill_create(const FvDistillConfig *config, FvBackend *be, FvDisti
 void fv_distill_destroy(FvDistill *d) {
     if (!d)
         return;
-    void *blocks[] = {d->block_weights, d->block_train, d->block_acts};
-    for (size_t i = 0; i < 3; i++)
+    void *blocks[] = {d->block_weights, d->block_train, d->block_acts, d->block_operands};
+    for (size_t i = 0; i < 4; i++)
         if (blocks[i])
             d->be->ops->release(d->be, blocks[i]);
     fv_encoder_free(&d->global);
@@ -327,6 +329,7 @@ FvParams *fv_distill_params(FvDistill *d) {
 FvStatus fv_distill_init(FvDistill *d, uint64_t seed, FvError *err) {
     FV_TRY(fv_params_init(&d->params, d->be, seed, NULL, err));
     d->be->ops->copy(d->be, d->student_memory, d->params.w, d->params.w + d->student_memory);
+    d->be->ops->weights_changed(d->be, d->student_memory, d->params.w + d->student_memory);
     return d->be->ops->sync(d->be, err);
 }
 
@@ -525,5 +528,6 @@ void fv_distill_follow(FvDistill *d, double momentum, double center_momentum) {
     const FvOps *ops = d->be->ops;
     ops->approach(d->be, d->student_memory, 1 - momentum, d->params.w,
                   d->params.w + d->student_memory);
+    ops->weights_changed(d->be, d->student_memory, d->params.w + d->student_memory);
     ops->approach(d->be, 2 * d->c.prototypes, 1 - center_momentum, d->batch_center, d->center.w);
 }

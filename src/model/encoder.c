@@ -87,8 +87,13 @@ static size_t rows_of(const FvEncoder *e) {
 
 /* A last layer that is read through its keys and values only: its attention output and MLP on the
  * patches would be dead work. */
-static size_t whole_layers(const FvEncoder *e) {
+static size_t read_layers(const FvEncoder *e) {
     return e->whole ? e->v.layers : e->v.layers - 1;
+}
+
+/* Those that run forward: with `tail` the dead work is done; its gradient is zero, and left out. */
+static size_t whole_layers(const FvEncoder *e) {
+    return e->tail ? e->v.layers : read_layers(e);
 }
 
 FvStatus fv_encoder_create(FvEncoder *e, FvError *err) {
@@ -110,19 +115,19 @@ void fv_encoder_free(FvEncoder *e) {
 void fv_block_carve(const FvVit *v, FvArena *arena, FvBlockActs *a, size_t rows, size_t probs) {
     size_t wide = fv_mul(rows, v->width), mlp = fv_mul(rows, v->mlp);
     a->x = fv_take(arena, wide);
-    a->n1 = fv_take(arena, wide);
+    a->n1 = fv_take_operand(arena, wide);
     a->mean1 = fv_take(arena, rows);
     a->rstd1 = fv_take(arena, rows);
     a->q = fv_take(arena, wide);
     a->probs = fv_take(arena, probs);
-    a->att = fv_take(arena, wide);
+    a->att = fv_take_operand(arena, wide);
     a->o = fv_take(arena, wide);
     a->mid = fv_take(arena, wide);
-    a->n2 = fv_take(arena, wide);
+    a->n2 = fv_take_operand(arena, wide);
     a->mean2 = fv_take(arena, rows);
     a->rstd2 = fv_take(arena, rows);
     a->f1 = fv_take(arena, mlp);
-    a->f2 = fv_take(arena, mlp);
+    a->f2 = fv_take_operand(arena, mlp);
     a->m = fv_take(arena, wide);
 }
 
@@ -131,23 +136,30 @@ void fv_encoder_carve(FvEncoder *e, FvArena *arena) {
     size_t tokens = fv_vit_tokens(v), rows = rows_of(e), wide = fv_mul(rows, v->width);
     size_t probs = fv_mul4(v->frames, v->heads, tokens, tokens);
     size_t patches = fv_mul(v->frames, fv_vit_patches(v));
-    e->patches = fv_take(arena, fv_mul4(patches, 3, v->patch, v->patch));
+    e->patches = fv_take_operand(arena, fv_mul4(patches, 3, v->patch, v->patch));
     e->embedded = fv_take(arena, fv_mul(patches, v->width));
     for (size_t l = 0; l < v->layers; l++) {
-        /* a frozen encoder keeps nothing but its keys and values: the layers share one set */
+        /* a frozen encoder keeps nothing but what is read of it: the layers share the rest */
         if (e->trained || l == 0)
             fv_block_carve(v, arena, &e->act[l], rows, probs);
         else
             e->act[l] = e->act[0];
-        e->k[l] = fv_take(arena, wide);
-        e->v_of[l] = fv_take(arena, wide);
+        if (e->norms && l > 0) {
+            e->act[l].n1 = fv_take_operand(arena, wide);
+            e->k[l] = e->k[0];
+            e->v_of[l] = e->v_of[0];
+        } else {
+            e->k[l] = fv_take(arena, wide);
+            e->v_of[l] = fv_take(arena, wide);
+        }
         if (e->trained) {
             e->dk[l] = fv_take(arena, wide);
             e->dv[l] = fv_take(arena, wide);
         }
     }
-    if (e->whole) {
+    if (e->whole || e->tail)
         e->last = fv_take(arena, wide);
+    if (e->whole) {
         e->features = fv_take(arena, wide);
         e->mean = fv_take(arena, rows);
         e->rstd = fv_take(arena, rows);
@@ -215,9 +227,12 @@ void fv_encoder_forward(FvEncoder *e, FvBackend *be, const uint8_t *pixels) {
         const FvBlockActs *a = &e->act[l];
         ops->layernorm(be, rows, d, FV_LAYER_NORM_EPS, a->x, w->norm1_w.w, w->norm1_b.w, a->n1,
                        a->mean1, a->rstd1);
-        ops->linear(be, rows, d, d, a->n1, w->k_w.w, w->k_b.w, e->k[l]);
-        ops->linear(be, rows, d, d, a->n1, w->v_w.w, w->v_b.w, e->v_of[l]);
-        if (l >= whole_layers(e))
+        bool rest = l < whole_layers(e);
+        if (rest || !e->norms) {
+            ops->linear(be, rows, d, d, a->n1, w->k_w.w, w->k_b.w, e->k[l]);
+            ops->linear(be, rows, d, d, a->n1, w->v_w.w, w->v_b.w, e->v_of[l]);
+        }
+        if (!rest)
             break;
         ops->linear(be, rows, d, d, a->n1, w->q_w.w, w->q_b.w, a->q);
         ops->attention(be, &shape, a->q, e->k[l], e->v_of[l], a->probs, a->att);
@@ -262,7 +277,7 @@ void fv_encoder_backward(FvEncoder *e, FvBackend *be) {
     for (size_t l = v->layers; l-- > 0;) {
         const FvBlockWeights *w = &e->w->layer[l];
         const FvBlockActs *a = &e->act[l];
-        bool whole = l < whole_layers(e);
+        bool whole = l < read_layers(e);
         if (whole) {
             fv_block_mlp_back(be, v, w, a, rows, e->dx, e->dn, e->df);
             attention_back(e, be, l);

@@ -36,7 +36,8 @@ typedef struct FvEncoderWeights {
 } FvEncoderWeights;
 
 /* What one block keeps of `rows` tokens for its backward pass. x is the block's input; out is the
- * next block's x. k, v and probs as the kind of attention needs them. */
+ * next block's x. k, v and probs as the kind of attention needs them. n1, att, n2 and f2 are
+ * operand tensors, as is `patches` below. */
 typedef struct FvBlockActs {
     real *x, *n1, *mean1, *rstd1, *q, *probs, *att, *o, *mid, *n2, *mean2, *rstd2, *f1, *f2, *m;
 } FvBlockActs;
@@ -48,6 +49,9 @@ typedef struct FvEncoder {
     FvWeight pos; /* [tokens, width]: the weights' position table, or one resized from it */
     bool trained;
     bool whole; /* compute the last block and `features`; else its keys and values only */
+    bool tail;  /* compute the last block whole though nobody reads it */
+    bool norms; /* not trained: keep n1 of every layer, which keys and values follow from, not these
+                 */
     /* Patches whose embedding is replaced by the mask token (pretraining), or none: their rows in
      * [F * N], a zero for each, and a row [D] of zeros. */
     size_t masked;
@@ -73,13 +77,13 @@ void fv_encoder_weights_free(FvEncoderWeights *);
 void fv_encoder_params(FvEncoderWeights *, const FvVit *, FvRole, bool masks, const char *prefix,
                        FvParams *);
 
-/* v, w, trained, whole set by the caller before; `pos` after the weights are bound. */
+/* v, w, trained, whole, tail, norms set by the caller before; `pos` after the weights are bound. */
 FvStatus fv_encoder_create(FvEncoder *, FvError *);
 void fv_encoder_free(FvEncoder *);
 void fv_encoder_carve(FvEncoder *, FvArena *);
 
 /* pixels uint8 [frames, size, size, 3] in the backend's memory -> keys and values of every layer,
- * and `features` if whole. */
+ * or n1 if norms, and `features` if whole. */
 void fv_encoder_forward(FvEncoder *, FvBackend *, const uint8_t *pixels);
 /* Starts from dk, dv (which query passes have accumulated) and, if whole, dfeatures; the forward
  * pass zeroes them. */

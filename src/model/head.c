@@ -1,6 +1,6 @@
 /* The prediction head: convolutions over the previous frame's latents, modulated by the hidden
  * state (FiLM: Perez et al. 2018), predict the frame's latents. The convolutions before the
- * modulation read the same latents in both passes and run once. */
+ * modulation read the same latents in both passes: one run serves both. */
 #include <stdio.h>
 
 #include "model/parts.h"
@@ -58,21 +58,21 @@ void fv_head_carve(FvModel *m, FvArena *arena) {
     h->targets = fv_take(arena, fv_mul(at, FV_LATENT_CHANNELS));
     h->previous = fv_take(arena, fv_mul(at, FV_LATENT_CHANNELS));
     h->c1 = fv_take(arena, fv_mul(at, c));
-    h->g1 = fv_take(arena, fv_mul(at, c));
+    h->g1 = fv_take_operand(arena, fv_mul(at, c));
     h->c2 = fv_take(arena, fv_mul3(at, 2, c));
-    h->g2 = fv_take(arena, fv_mul3(at, 2, c));
+    h->g2 = fv_take_operand(arena, fv_mul3(at, 2, c));
     h->base = fv_take(arena, fv_mul3(at, 4, c));
     for (int p = 0; p < FV_PASSES; p++) {
         FvHeadPass *pass = &h->pass[p];
         pass->hidden = fv_take(arena, fv_mul(frames, m->c.lm_width));
         pass->film_in = fv_take(arena, fv_mul(frames, m->c.film_width));
-        pass->film_mid = fv_take(arena, fv_mul(frames, m->c.film_width));
+        pass->film_mid = fv_take_operand(arena, fv_mul(frames, m->c.film_width));
         pass->gb = fv_take(arena, fv_mul3(frames, 8, c));
         pass->mixed = fv_take(arena, fv_mul3(at, 4, c));
         pass->c4 = fv_take(arena, fv_mul3(at, 2, c));
-        pass->g4 = fv_take(arena, fv_mul3(at, 2, c));
+        pass->g4 = fv_take_operand(arena, fv_mul3(at, 2, c));
         pass->c5 = fv_take(arena, fv_mul(at, c));
-        pass->g5 = fv_take(arena, fv_mul(at, c));
+        pass->g5 = fv_take_operand(arena, fv_mul(at, c));
         pass->prediction = fv_take(arena, fv_mul(at, FV_LATENT_CHANNELS));
     }
     h->dhidden = fv_take(arena, fv_mul(frames, m->c.lm_width));
@@ -102,17 +102,21 @@ static void conv_back(FvModel *m, size_t i, const real *x, const real *dy, real 
 void fv_head_prepare(FvModel *m) {
     const FvOps *ops = m->be->ops;
     FvHead *h = &m->head;
-    size_t frames = fv_frames(m), at = frames * fv_positions(m), c = m->c.head_width;
-    size_t latent = fv_latent_count(&m->c);
+    size_t frames = fv_frames(m), latent = fv_latent_count(&m->c);
     ops->copy_rows(m->be, frames, latent, h->targets, h->shift, h->previous, NULL, false);
     ops->copy_rows(m->be, m->c.clips, latent, h->latent_init.w, m->rows.zeros, h->previous,
                    m->rows.initial, false);
+}
+
+void fv_head_share(FvModel *m) {
+    const FvOps *ops = m->be->ops;
+    FvHead *h = &m->head;
+    size_t at = fv_frames(m) * fv_positions(m), c = m->c.head_width;
     conv(m, 0, h->previous, h->c1);
     ops->gelu(m->be, at * c, h->c1, h->g1);
     conv(m, 1, h->g1, h->c2);
     ops->gelu(m->be, at * 2 * c, h->c2, h->g2);
     conv(m, 2, h->g2, h->base);
-    ops->zero(m->be, h->dbase, at * 4 * c * sizeof(real));
 }
 
 void fv_head_forward(FvModel *m, FvPass pass) {
@@ -132,7 +136,7 @@ void fv_head_forward(FvModel *m, FvPass pass) {
     conv(m, 5, p->g5, p->prediction);
 }
 
-void fv_head_backward(FvModel *m, FvPass pass, double scale) {
+void fv_head_backward(FvModel *m, FvPass pass, double scale, bool add) {
     const FvOps *ops = m->be->ops;
     FvHead *h = &m->head;
     FvHeadPass *p = &h->pass[pass];
@@ -144,7 +148,7 @@ void fv_head_backward(FvModel *m, FvPass pass, double scale) {
     conv_back(m, 4, p->g4, h->db, h->da);
     ops->gelu_back(m->be, at * 2 * c, p->c4, h->da, h->da);
     conv_back(m, 3, p->mixed, h->da, h->db);
-    ops->film_back(m->be, frames, positions, 4 * c, h->base, p->gb, h->db, h->dbase, true, h->da);
+    ops->film_back(m->be, frames, positions, 4 * c, h->base, p->gb, h->db, h->dbase, add, h->da);
     ops->linear_back(m->be, frames, w, 8 * c, p->film_mid, h->film2_w.w, h->da, h->db, false,
                      h->film2_w.g, h->film2_b.g);
     ops->gelu_back(m->be, frames * w, p->film_in, h->db, h->db);
@@ -152,7 +156,7 @@ void fv_head_backward(FvModel *m, FvPass pass, double scale) {
                      false, h->film1_w.g, h->film1_b.g);
 }
 
-void fv_head_finish_backward(FvModel *m) {
+void fv_head_share_backward(FvModel *m) {
     const FvOps *ops = m->be->ops;
     FvHead *h = &m->head;
     size_t at = fv_frames(m) * fv_positions(m), c = m->c.head_width;

@@ -2,9 +2,9 @@
  * RMSNorm, rotary embedding, grouped-query causal attention, SwiGLU, no biases.
  *
  * A clip's sequence is [text | mode | v_1 .. v_T]. The text is the same in both passes and sees
- * nothing of what follows, so it runs once; a pass runs its own rows against the text's keys and
- * values. Texts are right-aligned in max_text rows; the rows before them (`first`) are padding
- * that no row sees, and positions count from the text's start. */
+ * nothing of what follows, so that one run serves both; a pass runs its own rows against the text's
+ * keys and values. Texts are right-aligned in max_text rows; the rows before them (`first`) are
+ * padding that no row sees, and positions count from the text's start. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -59,7 +59,7 @@ static void carve_acts(FvModel *m, FvArena *arena, FvLmActs *a, size_t rows, siz
     size_t clips = c->clips, n = fv_mul(clips, rows), wide = fv_mul(n, c->lm_width);
     size_t mlp = fv_mul(n, c->lm_mlp), kv = fv_mul(n, kv_width(m));
     a->x = fv_take(arena, wide);
-    a->n1 = fv_take(arena, wide);
+    a->n1 = fv_take_operand(arena, wide);
     a->rstd1 = fv_take(arena, n);
     a->q = fv_take(arena, wide);
     a->own_k = fv_take(arena, kv);
@@ -72,14 +72,14 @@ static void carve_acts(FvModel *m, FvArena *arena, FvLmActs *a, size_t rows, siz
         a->v = fv_take(arena, fv_mul3(clips, keys, kv_width(m)));
     }
     a->probs = fv_take(arena, fv_mul4(clips, c->lm_heads, rows, keys));
-    a->att = fv_take(arena, wide);
+    a->att = fv_take_operand(arena, wide);
     a->o = fv_take(arena, wide);
     a->mid = fv_take(arena, wide);
-    a->n2 = fv_take(arena, wide);
+    a->n2 = fv_take_operand(arena, wide);
     a->rstd2 = fv_take(arena, n);
     a->gate = fv_take(arena, mlp);
     a->up = fv_take(arena, mlp);
-    a->act = fv_take(arena, mlp);
+    a->act = fv_take_operand(arena, mlp);
     a->m = fv_take(arena, wide);
 }
 
@@ -187,6 +187,10 @@ void fv_lm_text(FvModel *m) {
         if (l + 1 < m->c.lm_layers) /* nothing reads the text's rows after the last keys */
             block_forward(m, s, l, s->act[l + 1].x);
     }
+}
+
+void fv_lm_text_clear(FvModel *m) {
+    const FvSegment *s = &m->lm.text;
     for (size_t l = 0; l < m->c.lm_layers; l++) {
         size_t bytes = m->c.clips * s->rows * kv_width(m) * sizeof(real);
         m->be->ops->zero(m->be, s->dk[l], bytes);
@@ -275,13 +279,14 @@ void fv_lm_backward(FvModel *m, FvPass pass) {
     }
 }
 
-void fv_lm_text_backward(FvModel *m) {
+void fv_lm_text_backward(FvModel *m, bool last) {
     const FvSegment *s = &m->lm.text;
     for (size_t l = m->c.lm_layers; l-- > 0;) {
         bool inner = l + 1 < m->c.lm_layers;
         if (inner)
             block_backward(m, s, l, s->dk[l], s->dv[l]);
         keys_backward(m, s, l, s->dk[l], s->dv[l], inner);
-        fv_ready_from(m, m->lm.layer[l].norm1.g);
+        if (last)
+            fv_ready_from(m, m->lm.layer[l].norm1.g);
     }
 }

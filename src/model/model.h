@@ -13,14 +13,16 @@
 #include "backend/backend.h"
 #include "model/batch.h"
 #include "model/config.h"
+#include "model/encoder_cache.h"
 #include "model/params.h"
 
 typedef struct FvModel FvModel;
 
 typedef enum FvPass { FV_COARSE, FV_FINE, FV_PASSES } FvPass;
 
-typedef struct FvModelMemory { /* bytes */
+typedef struct FvModelMemory { /* bytes, all in `real` */
     size_t weights, gradients, moments, activations;
+    size_t operands; /* activations that products alone read: see alloc_operands */
 } FvModelMemory;
 
 /* What fv_model_create will allocate, and the counts; allocates nothing that lasts. */
@@ -30,16 +32,24 @@ FvStatus fv_model_plan(const FvModelConfig *, FvModelMemory *, size_t *parameter
 /* The parameter table alone, for listing; fv_params_free it. */
 FvStatus fv_model_declare(const FvModelConfig *, FvParams *out, FvError *);
 
-/* Three allocations: weights; gradients and moments; activations. Nothing is allocated later. */
+/* Four allocations: weights; gradients and moments; activations; operand tensors. Nothing is
+ * allocated later. */
 FvStatus fv_model_create(const FvModelConfig *, FvBackend *, FvModel **out, FvError *);
 void fv_model_destroy(FvModel *);
 
 FvParams *fv_model_params(FvModel *);
 
-/* Copies a batch (shapes of the model's config) to the backend. */
-void fv_model_load(FvModel *, const FvBatch *);
+/* Where the encoder's outputs are stored (fv_encoder_stored): the cache that fv_model_load looks
+ * into and adds to. It holds clips of the same encoder, data and sizes, knows them by
+ * FvBatch.number, and outlives the model. Without one every clip is encoded in every step. */
+void fv_model_use_cache(FvModel *, FvEncoderCache *);
 
-/* Keys and values of every frame (deep), or the final features (shallow): both passes read them. */
+/* Copies a batch (shapes of the model's config) to the backend, and where the encoder's outputs are
+ * stored, gathers them: clips that are not there are encoded, which may wait for the backend. What
+ * follows of a step depends on addresses that never change. FV_DEVICE. */
+FvStatus fv_model_load(FvModel *, const FvBatch *, FvError *);
+
+/* What both passes read: the encoder's outputs where they are not stored, text, convolutions. */
 void fv_model_encode(FvModel *);
 /* The pass with q_static; leaves the queries it chooses for the next frames. */
 void fv_model_coarse(FvModel *);

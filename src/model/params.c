@@ -136,6 +136,8 @@ FvStatus fv_params_set(FvParams *table, FvBackend *be, const FvParam *p, FvBlock
     real *to = block_of(table, p, block);
     if (!p->channels_last) {
         be->ops->upload(be, to, values, p->count * sizeof(real));
+        if (block == FV_BLOCK_W)
+            be->ops->weights_changed(be, p->count, to);
         return FV_OK;
     }
     real *memory = calloc(p->count, sizeof *memory);
@@ -143,6 +145,8 @@ FvStatus fv_params_set(FvParams *table, FvBackend *be, const FvParam *p, FvBlock
         return FV_FAIL(err, FV_DEVICE, "out of memory for %s", p->name);
     swap_channels(p, true, values, memory);
     be->ops->upload(be, to, memory, p->count * sizeof(real));
+    if (block == FV_BLOCK_W)
+        be->ops->weights_changed(be, p->count, to);
     free(memory);
     return FV_OK;
 }

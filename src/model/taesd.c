@@ -62,7 +62,7 @@ static FvStatus allocate(FvTaesd *t, FvError *err) {
     if (t->frames > MAX_FRAMES)
         t->frames = MAX_FRAMES;
     const FvOps *ops = t->be->ops;
-    FV_TRY(ops->alloc(t->be, fv_mul(t->params.memory, sizeof(real)), &t->weights, err));
+    FV_TRY(ops->alloc_weights(t->be, t->params.memory, &t->weights, err));
     fv_params_bind(&t->params, t->weights, NULL, NULL, NULL);
     FvArena arena = {0};
     for (int pass = 0; pass < 2; pass++) { /* measures, then carves */

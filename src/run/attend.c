@@ -235,11 +235,11 @@ static FvStatus make_room(Attend *a, FvError *err) {
 
 /* Both passes over the clip whose pixels lie in place. The latents, which stay zero, are read by
  * the prediction head alone. */
-static void look(Attend *a) {
+static FvStatus look(Attend *a, FvError *err) {
     size_t frames = a->c.frames, patches = fv_patches(&a->c);
     size_t bytes = frames * a->c.size * a->c.size * 3;
     memcpy(a->batch.pixels, a->pixels + a->clips * bytes, bytes);
-    fv_model_load(a->model, &a->batch);
+    FV_TRY(fv_model_load(a->model, &a->batch, err));
     fv_model_encode(a->model);
     fv_model_coarse(a->model);
     fv_model_fine(a->model);
@@ -254,6 +254,7 @@ static void look(Attend *a) {
         }
     }
     a->clips++;
+    return FV_OK;
 }
 
 /* Clips one after the other; frames that are left over at the end are not shown. */
@@ -275,7 +276,7 @@ static FvStatus watch(Attend *a, FvError *err) {
         if (place == 0)
             a->start[a->clips] = (int64_t)frame;
         if (place == (a->c.frames - 1) * o->stride)
-            look(a);
+            FV_TRY(look(a, err));
         const char *signal = fv_signals_next(&a->signals);
         if (signal)
             return FV_FAIL(err, FV_STOPPED, "attend: stopped by a signal (%s)", signal);

@@ -16,6 +16,7 @@ enum { STATE_NAME = FV_PARAM_NAME + 8 };
 struct FvCheckpointer {
     char folder[FV_PATH];
     char *study;
+    const FvFence *fence; /* of the folder's owner, or NULL */
     FvParams *params;
     FvBackend *be;
     real *state;       /* host copy of one block element after the other, in tensor order */
@@ -50,12 +51,14 @@ static void list_tensors(FvCheckpointer *c, FvBlock block, real **next) {
     }
 }
 
-FvStatus fv_checkpointer_create(const char *folder, const char *study, FvParams *params,
-                                FvBackend *be, size_t more, FvCheckpointer **out, FvError *err) {
+FvStatus fv_checkpointer_create(const char *folder, const char *study, const FvFence *fence,
+                                FvParams *params, FvBackend *be, size_t more, FvCheckpointer **out,
+                                FvError *err) {
     FvCheckpointer *c = calloc(1, sizeof *c);
     if (!c)
         return FV_FAIL(err, FV_DEVICE, "out of memory for checkpoints of %s", folder);
     size_t most = 3 * params->count + more;
+    c->fence = fence;
     c->params = params;
     c->be = be;
     c->more = more;
@@ -163,7 +166,8 @@ FvStatus fv_checkpoint_save(FvCheckpointer *c, const FvTensor *more, size_t more
     snprintf(text, sizeof text, "%" PRIu64, step);
     FvMeta meta[] = {{"format", "fovea-checkpoint-1"}, {"step", text}, {"study", c->study}};
     checkpoint_path(c, step, path);
-    FV_TRY(fv_tensors_write(path, c->tensors, count, meta, sizeof meta / sizeof *meta, err));
+    FV_TRY(fv_tensors_replace(path, c->tensors, count, meta, sizeof meta / sizeof *meta, c->fence,
+                              err));
     *bytes = 0;
     for (size_t i = 0; i < count; i++)
         *bytes += fv_tensor_bytes(&c->tensors[i]);
@@ -177,7 +181,7 @@ FvStatus fv_checkpoint_save_model(FvCheckpointer *c, FvError *err) {
     FV_TRY(exchange_all(c, true, err));
     snprintf(path, sizeof path, "%.*s/model.safetensors", FV_PATH - 64, c->folder);
     FvMeta meta[] = {{"format", "pt"}, {"study", c->study}};
-    return fv_tensors_write(path, c->tensors, c->weights, meta, 2, err);
+    return fv_tensors_replace(path, c->tensors, c->weights, meta, 2, c->fence, err);
 }
 
 static bool same_shape(const FvTensor *a, const FvTensor *b) {

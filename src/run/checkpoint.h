@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "model/params.h"
+#include "run/fence.h"
 #include "run/safetensors.h"
 
 typedef struct FvCheckpointer FvCheckpointer; /* host memory for one model's state */
@@ -13,8 +14,8 @@ typedef struct FvCheckpointer FvCheckpointer; /* host memory for one model's sta
 /* folder: OUT/NAME/seed_N, made when missing. study: text that the file records and must match on
  * loading (a fingerprint of the resolved configuration). more: tensors beyond the parameters that
  * one checkpoint will hold at most. */
-FvStatus fv_checkpointer_create(const char *folder, const char *study, FvParams *, FvBackend *,
-                                size_t more, FvCheckpointer **out, FvError *err);
+FvStatus fv_checkpointer_create(const char *folder, const char *study, const FvFence *, FvParams *,
+                                FvBackend *, size_t more, FvCheckpointer **out, FvError *err);
 void fv_checkpointer_destroy(FvCheckpointer *);
 /* Host memory that one needs, for --dry-run. */
 size_t fv_checkpointer_bytes(size_t parameters, size_t trained);

@@ -105,6 +105,11 @@ bool fv_world_all(bool mine) {
            all;
 }
 
+FvStatus fv_world_broadcast(void *data, size_t bytes, FvError *err) {
+    return check(MPI_Bcast(data, (int)bytes, MPI_BYTE, 0, MPI_COMM_WORLD), "telling all ranks",
+                 err);
+}
+
 void fv_world_gather(const void *mine, size_t bytes, void *all) {
     MPI_Gather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, 0, MPI_COMM_WORLD);
 }

@@ -31,6 +31,8 @@ _Noreturn void fv_world_abort(FvStatus);
 FvStatus fv_world_agree(const FvWorld *, FvStatus mine, bool *speaker);
 /* Whether it holds on every rank. */
 bool fv_world_all(bool mine);
+/* Rank 0's `data` becomes everyone's. */
+FvStatus fv_world_broadcast(void *data, size_t bytes, FvError *err);
 /* Rank 0 receives every rank's `bytes` in rank order in `all` (size * bytes); others pass NULL. */
 void fv_world_gather(const void *mine, size_t bytes, void *all);
 /* The same among the ranks of this host, received by all of them. */

@@ -55,7 +55,7 @@ const FvKey *fv_config_find(const char *name) {
 
 bool fv_key_changes_results(const FvKey *key) {
     static const char *const others[] = {"checkpoint_steps", "checkpoint_seconds", "graph", "comm",
-                                         "comm_timeout"};
+                                         "watchdog"};
     for (size_t i = 0; i < sizeof others / sizeof *others; i++)
         if (strcmp(key->name, others[i]) == 0)
             return false;
@@ -348,7 +348,11 @@ FvStatus fv_config_model(const FvConfig *c, size_t ranks, size_t max_text, FvMod
                            .temperature = c->temperature,
                            .contrastive = c->contrastive,
                            .entropy_margin = c->entropy_margin,
-                           .lambda_coarse = c->lambda_coarse};
+                           .lambda_coarse = c->lambda_coarse,
+                           .skip_tail = c->skip_tail,
+                           .share_text = c->share_text,
+                           .share_convolutions = c->share_convolutions,
+                           .cache_encoder = c->cache_encoder};
     FV_TRY(fv_model_config_check(out, err));
     out->hard_attn_k = scaled_k(c->hard_attn_k, fv_patches(out));
     return FV_OK;
@@ -381,9 +385,13 @@ FvStatus fv_config_check(const FvConfig *c, FvError *err) {
 /* A heading stands before the key that begins its group. */
 static const struct {
     const char *key, *heading;
-} groups[] = {{"scale", "what is run"},         {"data", "data"},
-              {"temperature", "interventions"}, {"lr", "optimizer"},
-              {"eval_every", "what is kept"},   {"dino_from", "start values"},
+} groups[] = {{"scale", "what is run"},
+              {"data", "data"},
+              {"temperature", "interventions"},
+              {"skip_tail", "savings: the same numbers but for rounding"},
+              {"lr", "optimizer"},
+              {"eval_every", "what is kept"},
+              {"dino_from", "start values"},
               {"patch", "sizes of the model"}};
 
 enum { HELP_COLUMNS = 100 };

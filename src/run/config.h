@@ -19,6 +19,9 @@
       "sizes of model and data: the study's (seed), a small one for CPUs, or what fits")           \
     X(size, steps, 1500, 1, 100000000, "training steps")                                           \
     X(size, batch, 2, 1, 65536, "clips per step, over all ranks of the experiment")                \
+    X(text, precision, "auto", "auto|fp32|bf16", 0,                                                \
+      "what matrix products read on a GPU: floats, or bfloat16 (sums, weights, optimizer and "     \
+      "the rest are fp32); auto: bf16 on a GPU, fp32 on the processor, which has no bf16")         \
     /* data */                                                                                     \
     X(text, data, "procedural", "", 0, "\"procedural\" or a clips.h5 made by fovea prepare")       \
     X(text, latents, "auto", "auto|file|blocks", 0,                                                \
@@ -44,6 +47,14 @@
     X(text, query_mode, "deep", "deep|shallow", 0,                                                 \
       "the query runs through every layer, or reads the last one")                                 \
     X(flag, vision, true, 0, 1, "off: visual tokens are zero, the floor of the study")             \
+    /* savings */                                                                                  \
+    X(flag, skip_tail, true, 0, 1,                                                                 \
+      "deep: the encoder's last layer computes no more than the query reads of it")                \
+    X(flag, share_text, true, 0, 1, "the passes share one run of the text")                        \
+    X(flag, share_convolutions, true, 0, 1,                                                        \
+      "the passes share one run of the head's convolutions before the modulation")                 \
+    X(flag, cache_encoder, true, 0, 1,                                                             \
+      "freeze_dino: each clip is encoded once, as far as memory reaches")                          \
     /* optimizer */                                                                                \
     X(real, lr, 3e-4, 0, 1e3, "AdamW learning rate")                                               \
     X(real, weight_decay, 0.01, 0, 1e3, "decoupled weight decay of every trained parameter")       \
@@ -63,7 +74,7 @@
     X(flag, graph, true, 0, 1, "GPU: a step is recorded once and replayed, not queued anew")       \
     X(text, comm, "auto", "auto|mpi|nccl", 0,                                                      \
       "how ranks of an experiment average gradients; auto: NCCL where each has its own GPU")       \
-    X(real, comm_timeout, 600, 1e-3, 1e9, "NCCL: seconds until a rank that is silent is given up") \
+    X(real, watchdog, 600, 0.1, 1e9, "seconds without a step after which a run counts as hung")    \
     /* start values */                                                                             \
     X(text, dino_from, "auto", "", 0,                                                              \
       "DINOv2 encoder to start from: a safetensors file, a Hugging Face folder or the name of "    \

@@ -81,7 +81,7 @@ static FvStatus publish(FvCoordinator *c, FvError *err) {
     for (size_t j = 0; j < c->jobs; j++)
         FV_TRY(refresh(c, j, err));
     FV_TRY(fv_results_write(c->c.out, c->c.study, c->records, c->c.map_pixels, c->c.data,
-                            &c->c.provenance, err));
+                            &c->c.provenance, c->c.fence, err));
     c->publish_cost = fv_clock(CLOCK_THREAD_CPUTIME_ID) - start;
     c->last_publish = fv_now();
     return FV_OK;

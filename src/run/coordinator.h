@@ -16,6 +16,7 @@ typedef struct FvCoordinatorConfig {
     const FvGroup *group;
     const FvStudy *study;
     const char *out;
+    const FvFence *fence;
     const volatile sig_atomic_t *stop; /* set: no job is handed out any more */
     /* rank 0 only: */
     const bool *wanted; /* [jobs] by --only; NULL: all */

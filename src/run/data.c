@@ -47,6 +47,10 @@ static bool file_latents(const FvData *d) {
     return !d->procedural && d->file.has_latents;
 }
 
+void fv_data_show_as(FvData *d, const char *source) {
+    snprintf(d->info.source, sizeof d->info.source, "%s", source);
+}
+
 const FvDataInfo *fv_data_info(const FvData *d) {
     return &d->info;
 }
@@ -103,6 +107,7 @@ FvStatus fv_data_read(FvData *d, FvSplit split, uint32_t clip, FvBatch *batch, s
         memcpy(tokens, d->tokens + number * d->info.max_tokens,
                (size_t)d->token_count[number] * sizeof *tokens);
     batch->clip[slot] = clip;
+    batch->number[slot] = split == FV_TRAIN ? clip : (uint32_t)d->info.count[FV_TRAIN] + clip;
     return FV_OK;
 }
 

@@ -30,6 +30,8 @@ typedef struct FvDataInfo {
  * anything large, and measures the block statistics over the training split where they are the
  * target. FV_DATA with file, dataset, what is there and what is needed. */
 FvStatus fv_data_open(const FvConfig *, FvData **out, FvError *err);
+/* What was opened is a copy of this file, under whose name it is recorded. */
+void fv_data_show_as(FvData *, const char *source);
 /* Training pixels alone: no held-out clips are needed, and a batch's latents stay as they are. */
 FvStatus fv_data_open_pixels(const FvConfig *, FvData **out, FvError *err);
 void fv_data_close(FvData *);

@@ -1,6 +1,7 @@
 #include "run/device.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef FV_CUDA
@@ -39,8 +40,8 @@ void fv_device_versions(char *out, size_t size) {
 #endif
 }
 
-static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) {
-    const FvCudaOptions options = {.device = device->index};
+static FvStatus open_gpu(const FvDevice *device, bool bf16, FvBackend **out, FvError *err) {
+    const FvCudaOptions options = {.device = device->index, .bf16 = bf16};
     return fv_cuda_backend_create(&options, out, err);
 }
 #else
@@ -56,15 +57,15 @@ void fv_device_versions(char *out, size_t size) {
     snprintf(out, size, "%s", "");
 }
 
-static FvStatus open_gpu(const FvDevice *device, FvBackend **out, FvError *err) {
-    (void)device, (void)out;
+static FvStatus open_gpu(const FvDevice *device, bool bf16, FvBackend **out, FvError *err) {
+    (void)device, (void)bf16, (void)out;
     return FV_FAIL(err, FV_DEVICE, "this build has no CUDA backend");
 }
 #endif
 
 FvStatus fv_device_choose(const char *wish, const FvWorld *world, size_t threads, FvDevice *out,
                           FvError *err) {
-    *out = (FvDevice){.threads = threads};
+    *out = (FvDevice){.threads = threads, .ranks = 1};
     if (strcmp(wish, "cpu") != 0)
         FV_TRY(choose_gpu(world, strcmp(wish, "cuda") == 0, out, err));
     if (!out->gpu)
@@ -73,6 +74,41 @@ FvStatus fv_device_choose(const char *wish, const FvWorld *world, size_t threads
     return FV_OK;
 }
 
-FvStatus fv_device_open(const FvDevice *device, size_t threads, FvBackend **out, FvError *err) {
-    return device->gpu ? open_gpu(device, out, err) : fv_cpu_backend_create(threads, out, err);
+FvStatus fv_device_precision(const FvDevice *device, const char *precision, bool *bf16,
+                             FvError *err) {
+    bool must = strcmp(precision, "bf16") == 0;
+    *bf16 = device->gpu && strcmp(precision, "fp32") != 0;
+    return must && !device->gpu
+               ? FV_FAIL(err, FV_USAGE,
+                         "precision bf16: the processor computes in fp32 alone; use precision=fp32 "
+                         "or auto, or a GPU (--device cuda)")
+               : FV_OK;
+}
+
+void fv_device_share(FvDevice *device, const FvWorld *world) {
+    const size_t size = sizeof device->text;
+    char *all = calloc(world->local_size, size);
+    device->ranks = world->local_size;
+    if (all && world->local_size > 1) {
+        fv_host_gather(device->text, size, all);
+        for (size_t r = 0; r < world->local_size; r++) /* the text of a GPU holds its address */
+            device->ranks -= device->gpu && strcmp(all + r * size, device->text) != 0;
+    }
+    free(all);
+}
+
+FvStatus fv_device_memory_left(const FvDevice *device, size_t *out, FvError *err) {
+    FvBackend *be;
+    FV_TRY(fv_device_open(device, "auto", 1, &be, err));
+    *out = be->ops->memory_left(be) / device->ranks;
+    fv_backend_destroy(be);
+    return FV_OK;
+}
+
+FvStatus fv_device_open(const FvDevice *device, const char *precision, size_t threads,
+                        FvBackend **out, FvError *err) {
+    bool bf16;
+    FV_TRY(fv_device_precision(device, precision, &bf16, err));
+    return device->gpu ? open_gpu(device, bf16, out, err)
+                       : fv_cpu_backend_create(threads, out, err);
 }

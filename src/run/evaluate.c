@@ -63,8 +63,7 @@ static FvStatus load_clips(FvEvaluator *e, size_t first, size_t end, FvError *er
         size_t clip = first + b < end ? first + b : end - 1;
         FV_TRY(fv_data_read(e->data, FV_HELD_OUT, (uint32_t)clip, &e->batch, b, err));
     }
-    fv_model_load(e->model, &e->batch);
-    return FV_OK;
+    return fv_model_load(e->model, &e->batch, err);
 }
 
 /* Copies one batch's measures to this rank's rows. */
@@ -156,7 +155,7 @@ FvStatus fv_map(FvEvaluator *e, FvHistory *h, size_t step, FvError *err) {
             h->map_clip[i] = clip;
             FV_TRY(fv_data_read(e->data, FV_HELD_OUT, clip, &e->batch, b, err));
         }
-        fv_model_load(m, &e->batch);
+        FV_TRY(fv_model_load(m, &e->batch, err));
         fv_model_encode(m);
         fv_model_coarse(m);
         fv_model_fine(m);

@@ -18,7 +18,6 @@ void fv_link_close(FvLink *);
 
 typedef struct FvExchangeConfig {
     const char *comm; /* auto, mpi or nccl; auto takes NCCL where every rank has its own GPU */
-    double timeout;   /* seconds that a step may take before a rank is given up */
     const FvWorld *world;
     const FvGroup *group;
     size_t slot;
@@ -45,7 +44,7 @@ void fv_exchange_begin(FvExchange *, real *g, size_t count);
 void fv_exchange_ready(void *exchange, size_t from);
 FvStatus fv_exchange_finish(FvExchange *, FvError *);
 
-/* Waits for a mark of the backend; with NCCL until the time is up or another rank has failed. */
+/* Waits for a mark of the backend, with NCCL at most until it has found an error. */
 FvStatus fv_exchange_wait(FvExchange *, size_t mark, FvError *);
 
 #endif

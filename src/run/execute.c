@@ -16,6 +16,7 @@
 #include "run/processor.h"
 #include "run/ranking.h"
 #include "run/sha256.h"
+#include "run/stage.h"
 #include "run/train.h"
 #include "run/weights.h"
 #include "run/weights_record.h"
@@ -27,6 +28,7 @@ typedef struct Session {
     char out[FV_PATH];
     bool *wanted; /* [jobs] */
     int lock;     /* rank 0: of OUT */
+    FvFence fence;
     size_t threads;
     FvDevice device;
     bool all_gpus, seed_fits;    /* every rank has a GPU; and models/ the seed scale's models */
@@ -39,8 +41,10 @@ typedef struct Session {
     char libraries[512], start[32];
     FvWeightsRecord weights;
     size_t memory_before; /* bytes held before the study's own */
+    size_t memory_left;   /* bytes on the device for this rank, before it takes any */
     FvGroup group;
     FvLink link;
+    FvWatchdog *watchdog;
     FvDisplay *display;
     FvCoordinator *coordinator;
 } Session;
@@ -63,6 +67,18 @@ static FvStatus check_ranks(const Session *s, FvError *err) {
             return FV_FAIL(
                 err, FV_USAGE, "--ranks-per-experiment %zu does not divide %s's batch of %zu clips",
                 ranks, s->study.experiments[e].name, s->study.experiments[e].config.batch);
+    return FV_OK;
+}
+
+static FvStatus check_precision(const Session *s, FvError *err) {
+    FvError inner;
+    bool bf16;
+    for (size_t e = 0; e < s->study.experiment_count; e++) {
+        const FvExperiment *x = &s->study.experiments[e];
+        FvStatus status = fv_device_precision(&s->device, x->config.precision, &bf16, &inner);
+        if (status != FV_OK)
+            return FV_FAIL(err, status, "%s: %s", x->name, inner.text);
+    }
     return FV_OK;
 }
 
@@ -156,6 +172,34 @@ static FvStatus check_experiment(const Session *s, size_t e, const FvDataInfo *d
     return fv_weights_check_model(c, &plan.model, err);
 }
 
+static bool is_staged(const Session *s, const FvConfig *c) {
+    return s->in->options.stage && strcmp(c->data, "procedural") != 0;
+}
+
+/* One rank of each host copies; the others go on when all have agreed that it is done. */
+static FvStatus stage_data(const Session *s, FvError *err) {
+    if (s->in->world.local_rank != 0)
+        return FV_OK;
+    for (size_t e = 0; e < s->study.experiment_count; e++)
+        if (is_staged(s, &s->study.experiments[e].config))
+            FV_TRY(fv_stage(s->in->options.stage, s->study.experiments[e].config.data, err));
+    return FV_OK;
+}
+
+static FvStatus open_one(const Session *s, const FvConfig *config, FvData **out, FvError *err) {
+    FvConfig c = *config;
+    char path[FV_PATH];
+    if (!is_staged(s, config))
+        return fv_data_open(config, out, err);
+    FV_TRY(fv_stage_path(s->in->options.stage, config->data, path, err));
+    if (strlen(path) >= sizeof c.data)
+        return FV_FAIL(err, FV_DATA, "--stage %s: the path is too long", s->in->options.stage);
+    memcpy(c.data, path, strlen(path) + 1);
+    FV_TRY(fv_data_open(&c, out, err));
+    fv_data_show_as(*out, config->data);
+    return FV_OK;
+}
+
 static FvStatus open_data(Session *s, FvError *err) {
     size_t n = s->study.experiment_count;
     s->data = calloc(n, sizeof *s->data);
@@ -171,7 +215,7 @@ static FvStatus open_data(Session *s, FvError *err) {
                 s->map_pixels[e] = s->map_pixels[f];
             }
         if (!s->data[e]) {
-            FV_TRY(fv_data_open(c, &s->data[e], err));
+            FV_TRY(open_one(s, c, &s->data[e], err));
             if (s->in->world.rank == 0)
                 FV_TRY(read_map_pixels(s->data[e], c->map_clips, &s->map_pixels[e], err));
         }
@@ -277,7 +321,7 @@ static void tell_study(Session *s) {
     fv_display_log(s->display, "data %s: %zu training and %zu held-out clips, targets: %s",
                    s->info[0]->source, s->info[0]->count[FV_TRAIN], s->info[0]->count[FV_HELD_OUT],
                    s->info[0]->latents);
-    if (s->all_gpus && !s->seed_fits && strcmp(c->scale, "small") == 0)
+    if (s->all_gpus && !s->seed_fits && !s->in->options.study && strcmp(c->scale, "small") == 0)
         fv_display_log(s->display, "models/ lacks the models of the seed scale (make weights); "
                                    "scale=seed runs its sizes without them");
     for (size_t e = 0; e < s->study.experiment_count; e++)
@@ -297,8 +341,11 @@ static void tell_memory(Session *s) {
         largest = fv_plan_bytes(&plan) > largest ? fv_plan_bytes(&plan) : largest;
         histories = fv_add(histories, fv_mul(s->study.seed_count, plan.history));
     }
-    size_t planned =
-        fv_plan_rank_bytes(largest, s->group.slots, s->info[0]->bytes, histories, s->threads);
+    size_t caches;
+    if (fv_plan_caches(&s->study, s->info, s->memory_left, &caches, &ignored) != FV_OK)
+        return;
+    size_t planned = fv_plan_rank_bytes(largest, s->group.slots, s->info[0]->bytes, caches,
+                                        histories, s->threads);
     size_t peak = fv_memory_use().peak;
     if (peak > s->memory_before)
         fv_display_log(s->display,
@@ -344,19 +391,25 @@ static void *run_slot(void *argument) {
 }
 
 static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
+    FvEncoderCaches *caches = NULL;
+    FvStatus status = fv_encoder_caches_create(&s->device, &caches, err);
     FvRun run = {.world = &s->in->world,
                  .group = &s->group,
                  .study = &s->study,
                  .out = s->out,
+                 .fence = &s->fence,
                  .coordinator = s->coordinator,
                  .data = s->data,
                  .threads = s->threads > s->group.slots ? s->threads / s->group.slots : 1,
                  .device = s->device,
+                 .caches = caches,
                  .link = &s->link,
+                 .watchdog = s->watchdog,
                  .stop = s->in->stop};
     Slot *slots = calloc(s->group.slots, sizeof *slots);
     pthread_t *threads = calloc(s->group.slots, sizeof *threads);
-    FvStatus status = slots && threads ? FV_OK : FV_FAIL(err, FV_DEVICE, "out of memory for slots");
+    if (status == FV_OK && (!slots || !threads))
+        status = FV_FAIL(err, FV_DEVICE, "out of memory for slots");
     size_t started = 0;
     for (; status == FV_OK && started < s->group.slots; started++) {
         slots[started] = (Slot){.session = s, .run = &run, .index = started};
@@ -373,6 +426,7 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
         }
     free(slots);
     free(threads);
+    fv_encoder_caches_destroy(caches);
     *abort = status != FV_OK && s->group.size > 1;
     return status;
 }
@@ -383,6 +437,7 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
         .group = &s->group,
         .study = &s->study,
         .out = s->out,
+        .fence = &s->fence,
         .stop = s->in->stop,
         .wanted = s->wanted,
         .display = s->display,
@@ -402,7 +457,7 @@ static FvStatus start_coordinator(Session *s, FvError *err) {
 
 static FvStatus open_out(Session *s, FvError *err) {
     return s->in->world.rank == 0
-               ? fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->lock, err)
+               ? fv_outdir_open(s->out, &s->study, s->in->options.fresh, &s->fence, &s->lock, err)
                : FV_OK;
 }
 
@@ -454,16 +509,24 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     size_t cores = fv_claim_cores(w);
     s->threads = o->threads ? o->threads : cores;
     TOGETHER(fv_device_choose(o->device, w, s->threads, &s->device, err));
+    fv_device_share(&s->device, w);
     s->all_gpus = fv_world_all(s->device.gpu);
     s->seed_fits = fv_world_all(s->all_gpus && fv_folder_has_seed());
     TOGETHER(read_study(s, err));
+    TOGETHER(check_precision(s, err));
+    if (!o->list)
+        TOGETHER(fv_device_memory_left(&s->device, &s->memory_left, err));
     if (o->list || o->dry_run) {
         if (w->rank == 0)
-            made = o->list ? list_jobs(s) : fv_plan_print(&s->study, w, o, s->threads, s->out, err);
+            made = o->list
+                       ? list_jobs(s)
+                       : fv_plan_print(&s->study, w, o, s->threads, s->memory_left, s->out, err);
         TOGETHER(made);
         return FV_OK;
     }
     TOGETHER(open_out(s, err));
+    TOGETHER(fv_world_broadcast(&s->fence, sizeof s->fence, err));
+    TOGETHER(stage_data(s, err));
     TOGETHER(open_data(s, err));
     if (w->rank == 0) /* who records them */
         made = fv_weights_record_make(&s->study, &s->weights, err);
@@ -475,6 +538,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
         tell_study(s);
     TOGETHER(tell_ranks(s, err));
     TOGETHER(start_coordinator(s, err));
+    TOGETHER(fv_watchdog_start(w, &s->group, s->name_list, &s->watchdog, err));
     FvStatus status = run_slots(s, abort, err);
     if (*abort) {
         *speaker = true;
@@ -507,13 +571,14 @@ FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError 
     FvStatus status = run_session(&s, speaker, abort, err);
     if (*abort)
         return status;
+    fv_watchdog_stop(s.watchdog);
     fv_coordinator_destroy(s.coordinator);
     fv_display_destroy(s.display);
     fv_link_close(&s.link);
     if (s.group.comms)
         fv_group_free(&s.group);
     close_data(&s);
-    fv_outdir_close(s.lock);
+    fv_fence_release(s.lock);
     free(s.hosts);
     fv_weights_record_free(&s.weights);
     free(s.names);

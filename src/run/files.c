@@ -11,6 +11,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "run/fence.h"
+
 #include "base/memory.h"
 
 FvStatus fv_path(FvError *err, char *out, size_t size, const char *format, ...) {
@@ -157,17 +159,28 @@ static bool sync_folder_of(const char *path) {
     return good;
 }
 
-FvStatus fv_file_write(const char *path, const FvBytes *parts, size_t count, FvError *err) {
+FvStatus fv_file_replace(const char *path, const FvBytes *parts, size_t count, const FvFence *fence,
+                         FvError *err) {
     char temporary[FV_PATH];
+    FvStatus status = FV_OK;
     FV_TRY(fv_path(err, temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid()));
-    if (!write_synced(temporary, parts, count) || rename(temporary, path) != 0) {
-        FvStatus status = FV_FAIL(err, FV_IO, "%s: cannot be written: %s", path, strerror(errno));
+    if (!write_synced(temporary, parts, count))
+        status = FV_FAIL(err, FV_IO, "%s: cannot be written: %s", path, strerror(errno));
+    if (status == FV_OK)
+        status = fv_fence_check(fence, err);
+    if (status == FV_OK && rename(temporary, path) != 0)
+        status = FV_FAIL(err, FV_IO, "%s: cannot be written: %s", path, strerror(errno));
+    if (status != FV_OK) {
         unlink(temporary); /* may never have been made */
         return status;
     }
     if (!sync_folder_of(path))
         return FV_FAIL(err, FV_IO, "%s: its folder cannot be synced: %s", path, strerror(errno));
     return FV_OK;
+}
+
+FvStatus fv_file_write(const char *path, const FvBytes *parts, size_t count, FvError *err) {
+    return fv_file_replace(path, parts, count, NULL, err);
 }
 
 FvStatus fv_file_publish(const char *temporary, const char *path, FvError *err) {

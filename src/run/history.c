@@ -181,7 +181,7 @@ enum { TEXTS = 4, METAS = TEXTS SIZES(X) SECONDS(X), DIGITS = 40 };
 #undef X
 
 FvStatus fv_history_save(const char *path, const FvHistory *h, const FvJobInfo *info,
-                         FvError *err) {
+                         const FvFence *fence, FvError *err) {
     FvMeta meta[METAS] = {{"format", "fovea-history-1"},
                           {"state", fv_job_state_name(info->state)},
                           {"why", info->why},
@@ -201,7 +201,7 @@ FvStatus fv_history_save(const char *path, const FvHistory *h, const FvJobInfo *
 #undef PUT
     FvTensor tensors[FV_HISTORY_TENSORS];
     size_t count = fv_history_tensors(h, tensors);
-    return fv_tensors_write(path, tensors, count, meta, n, err);
+    return fv_tensors_replace(path, tensors, count, meta, n, fence, err);
 }
 
 static FvStatus get_text(const FvTensorFile *f, const char *key, const char **out, FvError *err) {

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "run/fence.h"
 #include "run/safetensors.h"
 
 /* X(name, unit, long name): one column per training step */
@@ -83,7 +84,8 @@ typedef enum FvJobState {
     FV_JOB_RUNNING,
     FV_JOB_FINISHED,
     FV_JOB_STOPPED,
-    FV_JOB_FAILED
+    FV_JOB_FAILED,
+    FV_JOB_STATES
 } FvJobState;
 const char *fv_job_state_name(FvJobState); /* "waiting", "running", "finished", ... */
 
@@ -102,7 +104,8 @@ typedef struct FvJobInfo {
 /* Writes (atomically) and reads OUT/NAME/seed_N/history.safetensors: history and info. Reading
  * creates the history with exactly the capacity stored; FV_DATA when the file is damaged, FV_IO
  * with err->text when it cannot be read; *found is false when there is none. */
-FvStatus fv_history_save(const char *path, const FvHistory *, const FvJobInfo *, FvError *err);
+FvStatus fv_history_save(const char *path, const FvHistory *, const FvJobInfo *, const FvFence *,
+                         FvError *err);
 FvStatus fv_history_load(const char *path, FvHistory *, FvJobInfo *, bool *found, FvError *err);
 
 #endif

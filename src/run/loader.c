@@ -47,6 +47,7 @@ static void carve(FvArena *arena, size_t clips, const FvDataInfo *info, size_t m
     b->tokens = fv_take_bytes(arena, fv_mul3(clips, max_text, sizeof *b->tokens));
     b->token_count = fv_take_bytes(arena, fv_mul(clips, sizeof *b->token_count));
     b->clip = fv_take_bytes(arena, fv_mul(clips, sizeof *b->clip));
+    b->number = fv_take_bytes(arena, fv_mul(clips, sizeof *b->number));
 }
 
 FvStatus fv_batch_create(size_t clips, const FvDataInfo *info, size_t max_text, FvBatch *out,

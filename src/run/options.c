@@ -16,6 +16,8 @@
     X(jobs_per_rank, "jobs-per-rank", "J", count,                                                  \
       "jobs that a rank group runs at once; default 1")                                            \
     X(threads, "threads", "N", count, "threads per rank; default its share of the cores")          \
+    X(stage, "stage", "DIR", text,                                                                 \
+      "a disk of the host's own: the data file is copied there once and read from there")          \
     X(fresh, "fresh", NULL, flag, "start over: remove what an earlier run left in DIR")            \
     X(list, "list", NULL, flag, "list the study's jobs, and stop")                                 \
     X(dry_run, "dry-run", NULL, flag,                                                              \

@@ -9,7 +9,7 @@
 
 typedef struct FvOptions {
     const char *study; /* path, NULL: configs/ablations.yaml */
-    const char *out, *only, *device;
+    const char *out, *only, *device, *stage;
     size_t ranks_per_experiment, jobs_per_rank;
     size_t threads; /* per rank; 0: its share of the cores */
     bool fresh, list, dry_run, help, version;

@@ -2,33 +2,13 @@
 
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include "run/coordinator.h"
 #include "run/files.h"
-
-FvStatus fv_outdir_lock(const char *out, int *lock, FvError *err) {
-    char path[FV_PATH];
-    FV_TRY(fv_path(err, path, sizeof path, "%s/lock", out));
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (fd < 0)
-        return FV_FAIL(err, FV_IO, "%s: cannot be written: %s; choose another --out", path,
-                       strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB) == 0 || errno == ENOLCK || errno == EOPNOTSUPP) {
-        *lock = fd; /* a file system without locks has to do without */
-        return FV_OK;
-    }
-    close(fd);
-    return FV_FAIL(err, FV_IO,
-                   "%s: another fovea is writing there; wait for it or choose another "
-                   "--out",
-                   out);
-}
 
 /* What a study writes into its folders, by how the names begin. */
 static const char *const ours[] = {
@@ -77,12 +57,12 @@ bool fv_outdir_has(const char *out, const char *name) {
            access(path, F_OK) == 0;
 }
 
-FvStatus fv_outdir_open(const char *out, const FvStudy *study, bool fresh, int *lock,
-                        FvError *err) {
+FvStatus fv_outdir_open(const char *out, const FvStudy *study, bool fresh, FvFence *fence,
+                        int *lock, FvError *err) {
     char path[FV_PATH];
     *lock = -1;
     FV_TRY(fv_make_folder(out, err));
-    FV_TRY(fv_outdir_lock(out, lock, err));
+    FV_TRY(fv_fence_take(out, fence, lock, err));
     if (fv_outdir_has(out, "pretrain.yaml"))
         return FV_FAIL(err, FV_USAGE, "%s: holds a pretrained encoder; choose another --out", out);
     FV_TRY(fv_path(err, path, sizeof path, "%s/study.yaml", out));
@@ -107,9 +87,4 @@ FvStatus fv_outdir_keep(const char *out, const FvStudy *study, bool fresh, FvErr
     FvStatus status = fv_file_write(path, &bytes, 1, err);
     free(text);
     return status;
-}
-
-void fv_outdir_close(int lock) {
-    if (lock >= 0)
-        close(lock); /* releases it */
 }

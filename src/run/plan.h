@@ -24,15 +24,21 @@ FvStatus fv_plan_job(const FvConfig *, size_t ranks, const FvDataInfo *data, FvJ
 /* The memory that one job on one rank holds, all together. */
 size_t fv_plan_bytes(const FvJobPlan *);
 
+/* What the rank keeps of frozen encoders' outputs when all clips have come, with `left` bytes free
+ * before the study: one cache for the experiments whose encoder, data and geometry are the same.
+ * info [experiments] as in fv_plan_job, or NULL. */
+FvStatus fv_plan_caches(const FvStudy *, const FvDataInfo *const *info, size_t left, size_t *bytes,
+                        FvError *err);
+
 /* The memory of rank 0, the one that holds most: `slots` times its largest job (largest_job bytes),
- * the clips, the records of all jobs (`histories` bytes) with results.h5 made of them, and the
- * workspaces of `threads`. */
-size_t fv_plan_rank_bytes(size_t largest_job, size_t slots, size_t clips, size_t histories,
-                          size_t threads);
+ * the clips, the caches, the records of all jobs (`histories` bytes) with results.h5 made of them,
+ * and the workspaces of `threads`. */
+size_t fv_plan_rank_bytes(size_t largest_job, size_t slots, size_t clips, size_t caches,
+                          size_t histories, size_t threads);
 
 /* --dry-run: jobs, groups, parameters, memory, disk and an estimate of time, measured on a few
- * steps of the first experiment when they fit the free memory. */
+ * steps of the first experiment when they fit the free memory. `left` as for fv_plan_caches. */
 FvStatus fv_plan_print(const FvStudy *, const FvWorld *, const FvOptions *, size_t threads,
-                       const char *out, FvError *err);
+                       size_t left, const char *out, FvError *err);
 
 #endif

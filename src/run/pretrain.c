@@ -52,6 +52,7 @@ typedef struct Pretrain {
     FvPretrainConfig c;
     const char *source, *out;
     int lock; /* rank 0: of OUT */
+    FvFence fence;
     FvGroup group;
     FvData *data;
     char *settings;            /* everything that decides the result, as text */
@@ -123,7 +124,7 @@ static FvStatus open_out(Pretrain *p, FvError *err) {
     if (!is_root(p))
         return FV_OK;
     FV_TRY(fv_make_folder(p->out, err));
-    FV_TRY(fv_outdir_lock(p->out, &p->lock, err));
+    FV_TRY(fv_fence_take(p->out, &p->fence, &p->lock, err));
     bool begun = fv_outdir_has(p->out, "pretrain.yaml");
     if (fv_outdir_has(p->out, "study.yaml") ||
         (!begun &&
@@ -191,7 +192,7 @@ static FvStatus write_table(const Pretrain *p, FvError *err) {
     used += (size_t)snprintf(text + used, room - used, "\n");
     FvStatus status = fv_path(err, path, sizeof path, "%s/pretrain.tsv", p->out);
     if (status == FV_OK)
-        status = fv_file_write(path, &(FvBytes){text, used}, 1, err);
+        status = fv_file_replace(path, &(FvBytes){text, used}, 1, &p->fence, err);
     free(text);
     return status;
 }
@@ -221,6 +222,7 @@ static FvStatus restore(Pretrain *p, FvError *err) {
     }
     FV_TRY(fv_group_broadcast(&p->group, 0, &p->step, sizeof p->step, err));
     FV_TRY(fv_group_broadcast(&p->group, 0, params->w, params->memory * sizeof(real), err));
+    p->be->ops->weights_changed(p->be, params->memory, params->w);
     FV_TRY(fv_group_broadcast(&p->group, 0, params->m, params->trained_memory * sizeof(real), err));
     return fv_group_broadcast(&p->group, 0, params->v, params->trained_memory * sizeof(real), err);
 }
@@ -257,8 +259,8 @@ static FvStatus create(Pretrain *p, FvError *err) {
         ok = (p->column[i] = calloc(c->steps, sizeof(double))) && ok;
     if (!ok)
         return FV_FAIL(err, FV_DEVICE, "out of memory for pretraining");
-    return fv_checkpointer_create(p->out, p->settings, fv_distill_params(p->model), p->be,
-                                  COLUMN_COUNT, &p->checkpointer, err);
+    return fv_checkpointer_create(p->out, p->settings, &p->fence, fv_distill_params(p->model),
+                                  p->be, COLUMN_COUNT, &p->checkpointer, err);
 }
 
 /* --- one step ------------------------------------------------------------------------------- */
@@ -462,7 +464,7 @@ FvStatus fv_pretrain(const FvInvocation *in, bool *speaker, bool *abort, FvError
     fv_data_close(p.data);
     if (p.group.comms)
         fv_group_free(&p.group);
-    fv_outdir_close(p.lock);
+    fv_fence_release(p.lock);
     for (size_t i = 0; i < COLUMN_COUNT; i++)
         free(p.column[i]);
     free(p.settings);

@@ -48,8 +48,8 @@ size_t fv_claim_cores(const FvWorld *world) {
         (!world->by_mpirun && sched_getaffinity(0, sizeof mine, &mine) != 0))
         CPU_ZERO(&mine);
     bool shared = true;
-    if (world->local_size > 1 && all) {
-        fv_host_gather(&mine, sizeof mine, all);
+    if (all) {
+        fv_host_gather(&mine, sizeof mine, all); /* by every rank, also one alone on its host */
         for (size_t i = 0; i < world->local_size; i++)
             shared = shared && CPU_EQUAL(&all[i], &mine);
     }

@@ -3,8 +3,11 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/stat.h>
+#include <time.h>
 
 #include "run/coordinator.h"
+#include "run/fence.h"
 #include "run/files.h"
 #include "run/summary.h"
 
@@ -81,7 +84,16 @@ void fv_print_ranking(const FvStudy *study, const FvJobRecord *records, const ch
     free(rows);
 }
 
-static void print_job(const char *name, uint64_t seed, const FvJobRecord *r) {
+static double seconds_since(const char *path) {
+    struct stat info;
+    struct timespec now;
+    if (stat(path, &info) != 0 || clock_gettime(CLOCK_REALTIME, &now) != 0)
+        return NAN;
+    return (double)(now.tv_sec - info.st_mtim.tv_sec);
+}
+
+/* A run that was killed leaves its jobs "running": the age of what it wrote last tells. */
+static void print_job(const char *name, uint64_t seed, const FvJobRecord *r, const char *path) {
     size_t done = r->present ? r->history.steps : 0;
     double rate = 0;
     size_t n = done < 50 ? done : 50;
@@ -94,17 +106,20 @@ static void print_job(const char *name, uint64_t seed, const FvJobRecord *r) {
     if (rate > 0)
         printf(" %8.1f steps/s", rate);
     if (rate > 0 && r->info.state == FV_JOB_RUNNING)
-        printf(" %8.0f s left", (double)(r->history.capacity_steps - done) / rate);
+        printf(" %8.0f s left, written %.0f s ago",
+               (double)(r->history.capacity_steps - done) / rate, seconds_since(path));
     printf("%s%s\n", r->present && r->info.why[0] ? "  " : "", r->present ? r->info.why : "");
 }
 
 FvStatus fv_print_status(const char *out, FvError *err) {
-    char path[FV_PATH];
+    char path[FV_PATH], owner[FV_OWNER];
+    size_t states[FV_JOB_STATES] = {0};
     FvStudy study;
     FV_TRY(fv_path(err, path, sizeof path, "%s/study.yaml", out));
     FV_TRY(fv_study_load(path, NULL, 0, "small", &study, err));
     FvStatus status = FV_OK;
-    for (size_t j = 0; status == FV_OK && j < study.experiment_count * study.seed_count; j++) {
+    size_t jobs = study.experiment_count * study.seed_count;
+    for (size_t j = 0; status == FV_OK && j < jobs; j++) {
         char folder[FV_PATH];
         FvJobRecord r = {0};
         fv_job_folder(out, &study, j, folder, sizeof folder);
@@ -113,11 +128,18 @@ FvStatus fv_print_status(const char *out, FvError *err) {
             status = fv_history_load(path, &r.history, &r.info, &r.present, err);
         if (status != FV_OK)
             break;
+        states[r.present ? r.info.state : FV_JOB_WAITING]++;
         print_job(study.experiments[j / study.seed_count].name, study.seeds[j % study.seed_count],
-                  &r);
+                  &r, path);
         if (r.present)
             fv_history_free(&r.history);
     }
     fv_study_free(&study);
-    return status;
+    FV_TRY(status);
+    printf("%zu jobs:", jobs);
+    for (int i = 0; i < FV_JOB_STATES; i++)
+        printf("%s %zu %s", i ? "," : "", states[i], fv_job_state_name((FvJobState)i));
+    fv_fence_describe(out, owner, sizeof owner);
+    printf("\nlast started: %s\n", owner);
+    return FV_OK;
 }

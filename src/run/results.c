@@ -486,7 +486,7 @@ static void put_root(Results *r) {
 
 FvStatus fv_results_write(const char *out_dir, const FvStudy *study, const FvJobRecord *records,
                           const uint8_t *const *map_pixels, const FvDataInfo *const *data,
-                          const FvProvenance *provenance, FvError *err) {
+                          const FvProvenance *provenance, const FvFence *fence, FvError *err) {
     char path[FV_PATH];
     FV_TRY(fv_path(err, path, sizeof path, "%s/results.h5", out_dir));
     Results r = {.study = study,
@@ -508,7 +508,7 @@ FvStatus fv_results_write(const char *out_dir, const FvStudy *study, const FvJob
     fv_hdf5_unlock();
     free(r.shown);
     if (status == FV_OK)
-        status = fv_file_write(path, &(FvBytes){image, size}, 1, err);
+        status = fv_file_replace(path, &(FvBytes){image, size}, 1, fence, err);
     free(image);
     return status;
 }

@@ -32,6 +32,6 @@ typedef struct FvJobRecord { /* experiment e, seed s stands at e * seed_count + 
  * file (hard link). data[e] may be NULL while the data is not known; pixels need it. */
 FvStatus fv_results_write(const char *out_dir, const FvStudy *, const FvJobRecord *records,
                           const uint8_t *const *map_pixels, const FvDataInfo *const *data,
-                          const FvProvenance *, FvError *err);
+                          const FvProvenance *, const FvFence *, FvError *err);
 
 #endif

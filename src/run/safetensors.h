@@ -91,6 +91,11 @@ typedef struct FvMeta {
  * digits) and data. Metadata that is not UTF-8 is stored with '?' in place of the odd bytes. */
 FvStatus fv_tensors_write(const char *path, const FvTensor *tensors, size_t count,
                           const FvMeta *meta, size_t meta_count, FvError *err);
+/* The same in a folder that has one writer (run/fence.h). */
+struct FvFence;
+FvStatus fv_tensors_replace(const char *path, const FvTensor *tensors, size_t count,
+                            const FvMeta *meta, size_t meta_count, const struct FvFence *,
+                            FvError *err);
 
 /* FV_DATA when a file (any shard) carries a "checksum" that its contents do not have; a file
  * without one passes. */

@@ -14,6 +14,7 @@ static const char checksum_start[] = "{\"__metadata__\":{\"checksum\":\"";
 
 /* What is being written: tensors in file order, and the header before them, its length included. */
 typedef struct Writing {
+    const struct FvFence *fence;
     const char *path;
     const FvTensor **order;
     size_t count;
@@ -122,12 +123,13 @@ static FvStatus write_parts(Writing *w, FvBytes *parts, FvError *err) {
     FV_TRY(format_digest(parts, w->count + 1, w->path, digits, err));
     memcpy(w->header + LENGTH_BYTES + strlen(checksum_start), digits, CHECKSUM_DIGITS);
     parts[0] = (FvBytes){w->header, w->header_size};
-    return fv_file_write(w->path, parts, w->count + 1, err);
+    return fv_file_replace(w->path, parts, w->count + 1, w->fence, err);
 }
 
-FvStatus fv_tensors_write(const char *path, const FvTensor *tensors, size_t count,
-                          const FvMeta *meta, size_t meta_count, FvError *err) {
-    Writing w = {.path = path, .count = count};
+FvStatus fv_tensors_replace(const char *path, const FvTensor *tensors, size_t count,
+                            const FvMeta *meta, size_t meta_count, const struct FvFence *fence,
+                            FvError *err) {
+    Writing w = {.path = path, .fence = fence, .count = count};
     FvBytes *parts = calloc(count + 1, sizeof *parts);
     w.order = calloc(count + 1, sizeof *w.order);
     FvStatus status = FV_OK;
@@ -174,4 +176,9 @@ FvStatus fv_tensors_verify(const FvTensorFile *f, FvError *err) {
     for (size_t i = 0; i < f->shard_count; i++)
         FV_TRY(verify_shard(&f->shards[i], err));
     return FV_OK;
+}
+
+FvStatus fv_tensors_write(const char *path, const FvTensor *tensors, size_t count,
+                          const FvMeta *meta, size_t meta_count, FvError *err) {
+    return fv_tensors_replace(path, tensors, count, meta, meta_count, NULL, err);
 }

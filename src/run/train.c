@@ -51,6 +51,10 @@ static bool is_root(const FvTrainer *t) {
     return t->run->group->rank == 0;
 }
 
+static void doing(const FvTrainer *t, FvActivity activity) {
+    fv_watchdog_at(t->run->watchdog, t->slot, t->job, t->step, activity, t->config->watchdog);
+}
+
 /* Rows at step 0, at every multiple and at the end. */
 static size_t rows_over(size_t steps, size_t every) {
     return 1 + steps / every + (steps % every != 0);
@@ -100,7 +104,7 @@ static FvStatus save_history(FvTrainer *t, FvError *err) {
     if (!is_root(t) || h->steps < t->shown_steps || h->evals < t->shown_evals ||
         h->maps < t->shown_maps)
         return FV_OK;
-    return fv_history_save(t->history_path, h, &t->info, err);
+    return fv_history_save(t->history_path, h, &t->info, t->run->fence, err);
 }
 
 static FvStatus save_checkpoint(FvTrainer *t, FvError *err) {
@@ -177,6 +181,7 @@ static FvStatus share(FvTrainer *t, FvError *err) {
     FvParams *p = fv_model_params(t->model);
     FV_TRY(fv_group_broadcast(t->run->group, t->slot, &t->step, sizeof t->step, err));
     FV_TRY(fv_exchange_share(t->exchange, p->w, p->memory, err));
+    t->be->ops->weights_changed(t->be, p->memory, p->w);
     FV_TRY(fv_exchange_share(t->exchange, p->m, p->trained_memory, err));
     return fv_exchange_share(t->exchange, p->v, p->trained_memory, err);
 }
@@ -243,13 +248,14 @@ static double total_loss(const FvModelConfig *c, const FvStepMeans *m) {
 
 /* The step that went bad has changed no parameter, nor has one begun after it: what it computed is
  * made again, one operation after the other. */
-static void replay_failed(FvTrainer *t, const FvBatch *batch) {
+static FvStatus replay_failed(FvTrainer *t, const FvBatch *batch, FvError *err) {
     fv_model_on_ready(t->model, NULL, NULL);
-    fv_model_load(t->model, batch);
+    FV_TRY(fv_model_load(t->model, batch, err));
     fv_model_encode(t->model);
     fv_model_coarse(t->model);
     fv_model_fine(t->model);
     fv_model_backward(t->model);
+    return FV_OK;
 }
 
 /* Says which tensor went bad first, on the first rank that sees one, and in which clips. */
@@ -258,7 +264,7 @@ static FvStatus fail_not_finite(FvTrainer *t, const FvBatch *batch, FvError *err
     const FvGroup *g = t->run->group;
     char mine[TEXT] = "", tensor[160];
     if (t->recorded)
-        replay_failed(t, batch);
+        FV_TRY(replay_failed(t, batch, err));
     fv_model_first_bad(t->model, tensor, sizeof tensor);
     int used = snprintf(mine, sizeof mine, "%s; clips", tensor[0] ? tensor : "the loss");
     for (size_t b = 0; b < batch->clips && used > 0 && used < TEXT; b++)
@@ -313,7 +319,9 @@ static FvStatus compute(FvTrainer *t, const FvAdamW *adamw, FvError *err) {
     fv_model_coarse(m);
     fv_model_fine(m);
     fv_model_backward(m);
+    doing(t, FV_WAITING);
     FV_TRY(fv_exchange_finish(t->exchange, err));
+    doing(t, FV_COMPUTING);
     fv_model_norm(m);
     fv_model_update(m, adamw);
     return FV_OK;
@@ -340,9 +348,10 @@ static FvStatus compute_or_replay(FvTrainer *t, const FvAdamW *adamw, FvError *e
 
 static FvStatus begin_step(FvTrainer *t, FvError *err) {
     size_t place = t->begun % FV_MARKS;
+    doing(t, FV_COMPUTING);
     FvAdamW adamw = adamw_of(t, t->begun);
     FV_TRY(fv_loader_next(t->loader, &t->batch[place], err));
-    fv_model_load(t->model, t->batch[place]);
+    FV_TRY(fv_model_load(t->model, t->batch[place], err));
     fv_model_rates(t->model, &adamw);
     FV_TRY(compute_or_replay(t, &adamw, err));
     fv_model_measure_later(t->model, place);
@@ -356,6 +365,7 @@ static FvStatus finish_step(FvTrainer *t, FvError *err) {
     size_t place = t->step % FV_MARKS;
     FV_TRY(fv_exchange_wait(t->exchange, place, err));
     FV_TRY(fv_model_measured(t->model, place, &measures, err));
+    doing(t, FV_WAITING);
     FV_TRY(average(t, &measures, &means, err));
     if (!isfinite(total_loss(&t->c, &means)) || !isfinite(measures.norm))
         return fail_not_finite(t, t->batch[place], err);
@@ -365,6 +375,7 @@ static FvStatus finish_step(FvTrainer *t, FvError *err) {
     t->step++;
     t->stop = t->stop || means.stop > 0;
     t->save = t->save || means.save > 0;
+    doing(t, FV_COMPUTING);
     return FV_OK;
 }
 
@@ -432,7 +443,6 @@ static FvStatus train_loop(FvTrainer *t, FvError *err) {
 static FvStatus connect(FvTrainer *t, FvError *err) {
     const FvRun *run = t->run;
     const FvExchangeConfig config = {.comm = t->config->comm,
-                                     .timeout = t->config->comm_timeout,
                                      .world = run->world,
                                      .group = run->group,
                                      .slot = t->slot,
@@ -449,7 +459,7 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     const FvDataInfo *data = fv_data_info(t->data);
     size_t max_text = strcmp(t->config->text, "captions") == 0 ? data->max_tokens : 1;
     FV_TRY(fv_config_model(t->config, run->group->size, max_text, &t->c, err));
-    FV_TRY(fv_device_open(&run->device, run->threads, &t->be, err));
+    FV_TRY(fv_device_open(&run->device, t->config->precision, run->threads, &t->be, err));
     FV_TRY(fv_model_create(&t->c, t->be, &t->model, err));
     FV_TRY(connect(t, err));
     FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),
@@ -460,7 +470,7 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     char study[8192];
     describe(t, study, sizeof study);
     FvParams *params = fv_model_params(t->model);
-    FV_TRY(fv_checkpointer_create(t->folder, study, params, t->be, FV_HISTORY_TENSORS,
+    FV_TRY(fv_checkpointer_create(t->folder, study, run->fence, params, t->be, FV_HISTORY_TENSORS,
                                   &t->checkpointer, err));
     t->info.parameters = params->total;
     t->info.trained = params->trained;
@@ -474,6 +484,13 @@ static FvStatus begin(FvTrainer *t, FvError *err) {
     FV_TRY(fv_weights_start(t->config, fv_model_params(t->model), t->be, t->seed, err));
     FV_TRY(restore(t, err));
     FV_TRY(share(t, err));
+    if (fv_encoder_stored(&t->c)) {
+        char note[128];
+        FV_TRY(fv_encoder_caches_attach(run->caches, t->model, &t->c, t->be, fv_data_info(t->data),
+                                        note, sizeof note, err));
+        if (note[0])
+            report(t, note);
+    }
     FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,
                            t->c.max_text, t->step, &t->loader, err));
     t->rate_step = t->checkpoint_step = t->begun = t->step;
@@ -506,6 +523,7 @@ static FvStatus end(FvTrainer *t, FvStatus status, FvError *err) {
     if (status != FV_OK && t->info.state == FV_JOB_FINISHED)
         t->info.state = FV_JOB_FAILED;
     report(t, t->info.why);
+    doing(t, FV_IDLE);
     return status;
 }
 

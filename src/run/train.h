@@ -5,7 +5,10 @@
 
 #include "run/coordinator.h"
 #include "run/data.h"
+#include "run/device.h"
+#include "run/encoder_caches.h"
 #include "run/exchange.h"
+#include "run/watchdog.h"
 
 /* What the jobs of a rank share. */
 typedef struct FvRun {
@@ -13,10 +16,13 @@ typedef struct FvRun {
     const FvGroup *group;
     const FvStudy *study;
     const char *out;
+    const FvFence *fence;
     FvCoordinator *coordinator;
     FvData *const *data; /* [experiments]; experiments with equal data share one */
     FvDevice device;
+    FvEncoderCaches *caches;
     FvLink *link;
+    FvWatchdog *watchdog;
     size_t threads; /* per job, on a processor */
     const volatile sig_atomic_t *stop;
 } FvRun;

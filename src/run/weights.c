@@ -207,6 +207,7 @@ static FvStatus set_pieces(const FvTensor *t, size_t first, const FvParam *p, Fv
         fv_tensor_read_real(t, first + i, n, piece);
         be->ops->upload(be, params->w + p->offset + i, piece, n * sizeof *piece);
     }
+    be->ops->weights_changed(be, p->count, params->w + p->offset);
     free(piece);
     return FV_OK;
 }

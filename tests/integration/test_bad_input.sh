@@ -11,6 +11,8 @@ expect 2 'did you mean "temperature"' "$f" "$tiny" temprature=1
 expect 2 'steps.*"many"' "$f" "$tiny" steps=many
 expect 2 'no such experiment' "$f" "$tiny" --only Z
 CUDA_VISIBLE_DEVICES='' expect 5 'device cpu' "$f" "$tiny" --device cuda
+expect 2 'precision.*auto\|fp32\|bf16' "$f" "$tiny" precision=half
+expect 2 'B_.*: precision bf16: the processor' "$f" "$tiny" --device cpu B_temp_0.1.precision=bf16
 expect 2 'does not divide' "$f" "$tiny" --ranks-per-experiment 2
 expect 2 'does not divide' mpirun --oversubscribe -np 2 "$f" "$tiny" --ranks-per-experiment 2 \
     batch=3 --out "$TMPDIR/no"

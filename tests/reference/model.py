@@ -55,6 +55,29 @@ class Sizes:
         return (self.size // self.patch) ** 2
 
 
+SEED_SCALE = Sizes(
+    clips=2,
+    frames=8,
+    size=224,
+    patch=14,
+    dino_width=384,
+    dino_heads=6,
+    dino_layers=12,
+    dino_mlp=1536,
+    lm_width=576,
+    lm_layers=30,
+    lm_heads=9,
+    lm_kv_heads=3,
+    lm_mlp=1536,
+    lm_vocab=49152,
+    lm_rope_theta=100000.0,
+    lm_rms_eps=1e-5,
+    query_width=128,
+    head_width=64,
+    film_width=512,
+)
+
+
 @dataclass
 class Switches:
     """What an experiment changes; names as in a study file."""

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model
-from model import Params, Sizes
+from model import Params
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-4
@@ -36,27 +36,7 @@ SEED = 0
 STUDY = {"lr": 3e-5, "weight_decay": 0.01}
 MEASURES = ("loss_fine", "loss_coarse", "grad_norm")
 EXPERIMENT = "A_baseline"
-SIZES = Sizes(  # `scale: seed`
-    clips=2,
-    frames=8,
-    size=224,
-    patch=14,
-    dino_width=384,
-    dino_heads=6,
-    dino_layers=12,
-    dino_mlp=1536,
-    lm_width=576,
-    lm_layers=30,
-    lm_heads=9,
-    lm_kv_heads=3,
-    lm_mlp=1536,
-    lm_vocab=49152,
-    lm_rope_theta=100000.0,
-    lm_rms_eps=1e-5,
-    query_width=128,
-    head_width=64,
-    film_width=512,
-)
+SIZES = model.SEED_SCALE
 
 # ---------------------------------------------------------------------------------------------
 # Order of clips: src/base/rng.c and fv_order_step in Python

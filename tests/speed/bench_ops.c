@@ -97,12 +97,12 @@ static void attention_back(Bench *b, const Shape *s) {
 }
 
 static void query(Bench *b, const Shape *s) { /* frames, keys, heads, width, top_k */
-    FvQuery q = {s->a, s->b, s->c, s->d, 0.1, s->e};
+    FvQuery q = {s->a, s->b, s->c, s->d, 0.1, s->e, false};
     b->ops->query(b->be, &q, b->t[0], b->t[1], b->t[2], b->t[7], b->t[6]);
 }
 
 static void query_back(Bench *b, const Shape *s) {
-    FvQuery q = {s->a, s->b, s->c, s->d, 0.1, s->e};
+    FvQuery q = {s->a, s->b, s->c, s->d, 0.1, s->e, false};
     b->ops->query_back(b->be, &q, b->t[0], b->t[1], b->t[2], b->t[3], b->t[4], NULL, b->t[5],
                        b->t[6], b->t[7]);
 }

@@ -60,6 +60,10 @@ FvModelConfig fixture_config(void) {
         .vision = true,
         .temperature = 1,
         .lambda_coarse = 1,
+        .skip_tail = true,
+        .share_text = true,
+        .share_convolutions = true,
+        .cache_encoder = true,
     };
 }
 
@@ -91,6 +95,7 @@ FvBatch fixture_batch_create(const FvModelConfig *c) {
         .tokens = allocate(c->clips * c->max_text, sizeof(int32_t)),
         .token_count = allocate(c->clips, sizeof(int32_t)),
         .clip = allocate(c->clips, sizeof(uint32_t)),
+        .number = allocate(c->clips, sizeof(uint32_t)),
     };
     for (size_t b = 0; c->captions && b < c->clips; b++)
         batch.token_count[b] = (int32_t)c->max_text;
@@ -103,6 +108,7 @@ void fixture_batch_destroy(FvBatch *batch) {
     free(batch->tokens);
     free(batch->token_count);
     free(batch->clip);
+    free(batch->number);
     *batch = (FvBatch){0};
 }
 
@@ -110,7 +116,7 @@ static void fill_clip(const FvModelConfig *c, FvBatch *batch, size_t b, uint64_t
                       size_t number) {
     size_t pixels = c->frames * c->size * c->size * 3, latents = c->frames * fv_latent_count(c);
     uint64_t key = fv_mix(fv_stream(seed, "batch") + number);
-    batch->clip[b] = (uint32_t)number;
+    batch->clip[b] = batch->number[b] = (uint32_t)number;
     for (size_t i = 0; i < pixels; i++)
         batch->pixels[b * pixels + i] = (uint8_t)fv_random_below(fv_mix(key ^ 1), i, 256);
     for (size_t i = 0; i < latents; i++)
@@ -159,8 +165,14 @@ void fixture_randomize(Fixture *f, uint64_t seed) {
 
 Fixture fixture_create(const FvModelConfig *c, size_t threads, uint64_t seed, size_t first_clip) {
     FvError err = {0};
-    Fixture f = {.c = *c, .batch = fixture_batch_create(c)};
-    succeeds(tested_backend_create(threads, &f.be, &err), &err);
+    FvBackend *be;
+    succeeds(tested_backend_create(threads, &be, &err), &err);
+    return fixture_create_on(be, c, seed, first_clip);
+}
+
+Fixture fixture_create_on(FvBackend *be, const FvModelConfig *c, uint64_t seed, size_t first_clip) {
+    FvError err = {0};
+    Fixture f = {.c = *c, .be = be, .batch = fixture_batch_create(c)};
     succeeds(fv_model_create(c, f.be, &f.model, &err), &err);
     fixture_randomize(&f, seed);
     for (size_t b = 0; b < c->clips; b++)
@@ -176,7 +188,7 @@ void fixture_destroy(Fixture *f) {
 
 void fixture_forward(Fixture *f) {
     FvError err = {0};
-    fv_model_load(f->model, &f->batch);
+    succeeds(fv_model_load(f->model, &f->batch, &err), &err);
     fv_model_encode(f->model);
     fv_model_coarse(f->model);
     fv_model_fine(f->model);

@@ -26,6 +26,8 @@ void fixture_experiment(FvModelConfig *, size_t experiment);
  * uniform), each a function of `seed` and its name alone, and a batch that is a function of seed,
  * clip number and frame alone: clip number i of the batch is first_clip + i. */
 Fixture fixture_create(const FvModelConfig *, size_t threads, uint64_t seed, size_t first_clip);
+/* The same on a backend that becomes the fixture's. */
+Fixture fixture_create_on(FvBackend *, const FvModelConfig *, uint64_t seed, size_t first_clip);
 void fixture_destroy(Fixture *);
 
 void fixture_randomize(Fixture *, uint64_t seed);

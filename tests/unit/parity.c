@@ -64,7 +64,7 @@ static FvStatus build_encoder(const FvConfig *c, const FvTensor *pixels, FvBacke
     FvEncoderWeights w = {0};
     FvParams params = {0};
     FvArena arena = {0};
-    void *memory = NULL, *acts = NULL;
+    void *memory = NULL, *acts = NULL, *operands = NULL;
     FvEncoder e = {.v = {.frames = pixels->shape[0],
                          .size = pixels->shape[1],
                          .patch = c->patch,
@@ -88,13 +88,15 @@ static FvStatus build_encoder(const FvConfig *c, const FvTensor *pixels, FvBacke
     if (status == FV_OK) {
         fv_encoder_params(&w, &e.v, FV_FROZEN, false, "dino.", &params);
         fv_encoder_carve(&e, &arena);
-        status = be->ops->alloc(be, params.memory * sizeof(real), &memory, err);
+        status = be->ops->alloc_weights(be, params.memory, &memory, err);
     }
     if (status == FV_OK)
         status = be->ops->alloc(be, arena.used, &acts, err);
+    if (status == FV_OK)
+        status = be->ops->alloc_operands(be, arena.operands_used, &operands, err);
     if (status == FV_OK) {
         fv_params_bind(&params, memory, NULL, NULL, NULL);
-        arena = (FvArena){.base = acts};
+        arena = (FvArena){.base = acts, .operands = operands, .operand_bytes = be->operand_bytes};
         fv_encoder_carve(&e, &arena);
         e.pos = w.pos;
         status = fv_weights_check(c, &params, err);
@@ -107,6 +109,8 @@ static FvStatus build_encoder(const FvConfig *c, const FvTensor *pixels, FvBacke
         be->ops->release(be, memory);
     if (acts)
         be->ops->release(be, acts);
+    if (operands)
+        be->ops->release(be, operands);
     fv_params_free(&params);
     fv_encoder_free(&e);
     fv_encoder_weights_free(&w);

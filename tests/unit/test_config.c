@@ -16,6 +16,7 @@
 
 #include "base/rng.h"
 #include "run/config.h"
+#include "run/device.h"
 
 static char folder[] = "/tmp/fovea-test-config-XXXXXX";
 static char study_path[sizeof folder + 16], other_path[sizeof folder + 16];
@@ -117,6 +118,26 @@ static void test_keys(void **state) {
 static bool sets(const char *name, const char *text) {
     FvConfig config = *fv_config_defaults();
     return fv_config_set(&config, fv_config_find(name), text, "here", NULL) == FV_OK;
+}
+
+/* auto follows the device; the processor refuses bf16. */
+static void test_precision(void **state) {
+    (void)state;
+    const FvDevice gpu = {.gpu = true}, processor = {.threads = 1};
+    FvError err = {0};
+    bool bf16 = false;
+    assert_int_equal(fv_device_precision(&gpu, "auto", &bf16, &err), FV_OK);
+    assert_true(bf16);
+    assert_int_equal(fv_device_precision(&gpu, "fp32", &bf16, &err), FV_OK);
+    assert_false(bf16);
+    assert_int_equal(fv_device_precision(&gpu, "bf16", &bf16, &err), FV_OK);
+    assert_true(bf16);
+    assert_int_equal(fv_device_precision(&processor, "auto", &bf16, &err), FV_OK);
+    assert_false(bf16);
+    assert_int_equal(fv_device_precision(&processor, "fp32", &bf16, &err), FV_OK);
+    assert_false(bf16);
+    assert_int_equal(fv_device_precision(&processor, "bf16", &bf16, &err), FV_USAGE);
+    assert_non_null(strstr(err.text, "use precision=fp32 or auto"));
 }
 
 static void test_values(void **state) {
@@ -826,6 +847,7 @@ static void test_damaged(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_precision),
         cmocka_unit_test(test_values),
         cmocka_unit_test(test_texts),
         cmocka_unit_test(test_format),

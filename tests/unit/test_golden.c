@@ -151,6 +151,10 @@ static FvModelConfig read_config(const FvTensorFile *common, const FvTensorFile 
         .entropy_margin = number(golden, "entropy_margin"),
         .lambda_coarse = number(golden, "lambda_coarse"),
         .hard_attn_k = size_of(golden, "hard_attn_k"),
+        .skip_tail = true,
+        .share_text = true,
+        .share_convolutions = true,
+        .cache_encoder = true,
     };
 }
 

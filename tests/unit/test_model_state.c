@@ -188,6 +188,11 @@ static FvStatus counting_alloc(FvBackend *be, size_t bytes, void **out, FvError 
     return counting->real_ops->alloc(be, bytes, out, err);
 }
 
+/* On the CPU the elements of operand tensors and weights are `real`. */
+static FvStatus counting_alloc_elements(FvBackend *be, size_t count, void **out, FvError *err) {
+    return counting_alloc(be, count * sizeof(real), out, err);
+}
+
 static void check_memory(const FvModelConfig *c) {
     FvError err = {0};
     FvModelMemory memory;
@@ -198,10 +203,11 @@ static void check_memory(const FvModelConfig *c) {
     assert_int_equal(fv_cpu_backend_create(1, &be, &err), FV_OK);
     Counting counting = {.ops = *be->ops, .real_ops = be->ops};
     counting.ops.alloc = counting_alloc;
+    counting.ops.alloc_operands = counting.ops.alloc_weights = counting_alloc_elements;
     be->ops = &counting.ops;
     assert_int_equal(fv_model_create(c, be, &model, &err), FV_OK);
-    assert_int_equal(counting.bytes,
-                     memory.weights + memory.gradients + memory.moments + memory.activations);
+    assert_int_equal(counting.bytes, memory.weights + memory.gradients + memory.moments +
+                                         memory.activations + memory.operands);
     const FvParams *table = fv_model_params(model);
     assert_int_equal(parameters, table->total);
     assert_int_equal(trained, table->trained);

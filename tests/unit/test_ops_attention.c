@@ -183,15 +183,20 @@ typedef struct Fovea {
     real *q, *k, *v, *probs, *out, *weight, *weight_probs;
 } Fovea;
 
-static Fovea query_call(Testing *t, size_t frames, size_t keys, size_t heads, size_t width,
-                        size_t top_k) {
-    Fovea c = {.t = t, .s = {frames, keys, heads, width, 0.7, top_k}};
-    c.nq = frames * heads * width, c.nk = c.nq * keys, c.np = frames * heads * keys;
+static Fovea query_of(Testing *t, FvQuery s) {
+    Fovea c = {.t = t, .s = s};
+    c.nq = s.frames * s.heads * s.width, c.np = s.frames * s.heads * s.keys;
+    c.nk = s.frames * s.keys * (s.shared ? 1 : s.heads) * s.width;
     c.q = testing_random(t, c.nq, 1), c.k = testing_random(t, c.nk, 1);
     c.v = testing_random(t, c.nk, 1), c.weight = testing_random(t, c.nq, 1);
     c.weight_probs = testing_random(t, c.np, 1);
     c.probs = testing_tensor(t, c.np), c.out = testing_tensor(t, c.nq);
     return c;
+}
+
+static Fovea query_call(Testing *t, size_t frames, size_t keys, size_t heads, size_t width,
+                        size_t top_k) {
+    return query_of(t, (FvQuery){frames, keys, heads, width, 0.7, top_k, false});
 }
 
 static void query_forward(Fovea *c) {
@@ -220,9 +225,9 @@ static bool kept(const double *score, size_t keys, size_t j, size_t top_k) {
 
 static void check_query(const Fovea *c, size_t f, size_t h) {
     const FvQuery *s = &c->s;
-    size_t w = s->width, stride = s->heads * w;
-    const real *q = c->q + f * stride + h * w, *probs = c->probs + (f * s->heads + h) * s->keys;
-    const real *k = c->k + f * s->keys * stride + h * w, *v = c->v + (k - c->k);
+    size_t w = s->width, row = (f * s->heads + h) * w, stride = s->shared ? w : s->heads * w;
+    const real *q = c->q + row, *probs = c->probs + (f * s->heads + h) * s->keys;
+    const real *k = c->k + f * s->keys * stride + (s->shared ? 0 : h * w), *v = c->v + (k - c->k);
     double score[64], p[64], sum = 0, largest = 0;
     assert_true(s->keys <= 64);
     for (size_t j = 0; j < s->keys; j++) {
@@ -247,7 +252,7 @@ static void check_query(const Fovea *c, size_t f, size_t h) {
             want += p[j] / sum * (double)v[j * stride + d];
             size += fabs(p[j] / sum * (double)v[j * stride + d]);
         }
-        testing_close("out", d, (double)c->out[f * stride + h * w + d], want, 2 * relative * size);
+        testing_close("out", d, (double)c->out[row + d], want, 2 * relative * size);
     }
 }
 
@@ -274,6 +279,33 @@ static void query_and_its_gradients(void **state) {
         c.weight_probs = NULL; /* and without the entropy's gradient, keys frozen */
         t->ops->query_back(t->be, &c.s, c.q, c.k, c.v, c.probs, c.weight, NULL, dq, NULL, NULL);
         testing_gradients(query_loss, &c, 1, gradients);
+    }
+}
+
+static void query_with_shared_keys_and_values(void **state) {
+    Testing *t = *state;
+    const size_t shapes[][5] = {/* frames, keys, heads, width, top_k */
+                                {1, 1, 1, 1, 0},  {1, 37, 1, 3, 0},  {3, 10, 2, 5, 4},
+                                {2, 5, 2, 3, 90}, {2, 10, 3, 17, 9}, {1, 3, 1, 260, 0}};
+    for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
+        const size_t *z = shapes[k];
+        double scale = 0.7 / sqrt((double)z[3]); /* scores of order 1 */
+        Fovea c = query_of(t, (FvQuery){z[0], z[1], z[2], z[3], scale, z[4], true});
+        query_forward(&c);
+        for (size_t f = 0; f < z[0]; f++)
+            for (size_t h = 0; h < z[2]; h++)
+                check_query(&c, f, h);
+        real *dq = testing_tensor(t, c.nq);
+        t->ops->query_back(t->be, &c.s, c.q, c.k, c.v, c.probs, c.weight, c.weight_probs, dq, NULL,
+                           NULL);
+        Gradient gradient = {"dq", c.nq, c.q, dq, 0};
+        testing_gradients(query_loss, &c, 1, &gradient);
+        if (k % 2) /* and without the entropy's gradient */
+            continue;
+        query_forward(&c); /* of the query itself again */
+        c.weight_probs = NULL;
+        t->ops->query_back(t->be, &c.s, c.q, c.k, c.v, c.probs, c.weight, NULL, dq, NULL, NULL);
+        testing_gradients(query_loss, &c, 1, &gradient);
     }
 }
 
@@ -366,6 +398,7 @@ int main(void) {
         TESTING_TEST(attention_never_reads_padding),
         TESTING_TEST(attention_passes_nan_on),
         TESTING_TEST(query_and_its_gradients),
+        TESTING_TEST(query_with_shared_keys_and_values),
         TESTING_TEST(query_over_one_tensor_of_keys_and_values),
         TESTING_TEST(query_breaks_ties_by_the_lower_index),
         TESTING_TEST(query_passes_nan_on),

@@ -38,6 +38,9 @@ static void run_dense(Testing *t) {
     real *dy = testing_random(t, ROWS * OUT, 1), *dbias = testing_filled(t, OUT, 1);
     t->ops->linear(t->be, ROWS, IN, OUT, x, weight, dbias, testing_tensor(t, ROWS * OUT));
     t->ops->linear_back(t->be, ROWS, IN, OUT, x, weight, dy, z, true, dweight, dbias);
+    t->ops->head_linear(t->be, ROWS, 2, IN / 2, OUT, x, weight, NULL,
+                        testing_tensor(t, ROWS * 2 * OUT));
+    t->ops->head_linear_back(t->be, ROWS, 1, IN, OUT, weight, dy, z);
     t->ops->linear(t->be, 20, 260, 530, x, testing_random(t, 530 * 260, 1), NULL,
                    testing_tensor(t, 20 * 530));
     int32_t to[ROWS];
@@ -57,12 +60,14 @@ static void run_attention(Testing *t) {
     t->ops->attention_back(t->be, &a, q, k, v, probs, q, testing_tensor(t, NQ), dk,
                            testing_filled(t, NK, 1));
     t->ops->rope(t->be, 3, 70, 6, 8, 2, first, 10000, false, q);
-    const FvQuery s = {16, 67, 4, 18, 0.2, 9};
+    const FvQuery s = {16, 67, 4, 18, 0.2, 9, false}, one = {16, 67, 4, 18, 0.2, 9, true};
     enum { MQ = 16 * 72, MK = MQ * 67, MP = 16 * 4 * 67 };
     real *u = testing_random(t, MQ, 1), *keys = testing_random(t, MK, 1);
     real *p = testing_tensor(t, MP), *dkeys = testing_filled(t, MK, 1);
     t->ops->query(t->be, &s, u, keys, keys, p, testing_tensor(t, MQ));
     t->ops->query_back(t->be, &s, u, keys, keys, p, u, p, testing_tensor(t, MQ), dkeys, dkeys);
+    t->ops->query(t->be, &one, u, keys, keys, p, testing_tensor(t, MQ));
+    t->ops->query_back(t->be, &one, u, keys, keys, p, u, p, testing_tensor(t, MQ), NULL, NULL);
 }
 
 static void run_image(Testing *t) {

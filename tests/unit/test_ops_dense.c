@@ -207,6 +207,66 @@ static void frozen_parameters_get_no_gradient(void **state) {
     }
 }
 
+/* --- a product per head ----------------------------------------------------------------------- */
+
+typedef struct Heads {
+    Testing *t;
+    size_t rows, heads, in, out;
+    real *x, *w, *b, *y, *weight;
+} Heads;
+
+static Heads heads_call(Testing *t, size_t rows, size_t heads, size_t in, size_t out, bool bias) {
+    Heads c = {.t = t, .rows = rows, .heads = heads, .in = in, .out = out};
+    c.x = testing_random(t, rows * heads * in, 1), c.w = testing_random(t, heads * out * in, 1);
+    c.b = bias ? testing_random(t, heads * out, 1) : NULL;
+    c.y = testing_tensor(t, rows * heads * out);
+    c.weight = testing_random(t, rows * heads * out, 1);
+    return c;
+}
+
+static double heads_loss(void *context, double *size) {
+    Heads *c = context;
+    c->t->ops->head_linear(c->t->be, c->rows, c->heads, c->in, c->out, c->x, c->w, c->b, c->y);
+    return testing_weighted(c->rows * c->heads * c->out, c->weight, c->y, size);
+}
+
+/* Each head is a dense layer of its own: the same products, in whatever order they are summed. */
+static void head_linear_is_a_layer_per_head(void **state) {
+    Testing *t = *state;
+    static const size_t sizes[][4] = {{1, 1, 1, 1}, {3, 2, 7, 5}, {5, 3, 33, 4}, {150, 6, 17, 9}};
+    for (size_t k = 0; k < 8; k++) {
+        const size_t *z = sizes[k / 2];
+        size_t rows = z[0], heads = z[1], in = z[2], out = z[3];
+        Heads c = heads_call(t, rows, heads, in, out, k % 2);
+        double size;
+        heads_loss(&c, &size);
+        for (size_t h = 0; h < heads; h++) {
+            Call one = {.t = t, .rows = rows, .in = in, .out = out};
+            one.x = testing_tensor(t, rows * in), one.y = testing_tensor(t, rows * out);
+            one.w = c.w + h * out * in, one.b = c.b ? c.b + h * out : NULL;
+            for (size_t r = 0; r < rows; r++) {
+                memcpy(one.x + r * in, c.x + (r * heads + h) * in, in * sizeof(real));
+                memcpy(one.y + r * out, c.y + (r * heads + h) * out, out * sizeof(real));
+            }
+            check_linear(&one);
+        }
+    }
+}
+
+static void head_linear_back_is_its_gradient(void **state) {
+    Testing *t = *state;
+    static const size_t sizes[][4] = {{1, 1, 1, 1}, {3, 2, 7, 5}, {5, 3, 19, 4}, {70, 2, 3, 9}};
+    for (size_t k = 0; k < 4; k++) {
+        const size_t *z = sizes[k];
+        Heads c = heads_call(t, z[0], z[1], z[2], z[3], k % 2);
+        size_t n = z[0] * z[1] * z[2];
+        real *dx = testing_tensor(t, n);
+        t->ops->head_linear_back(t->be, z[0], z[1], z[2], z[3], c.w, c.weight, dx);
+        Gradient gradient = {"dx", n, c.x, dx, 0};
+        testing_gradients(heads_loss, &c, 1, &gradient);
+    }
+}
+
 /* Nothing is written: the tensors have no elements, the gradients gain nothing. */
 static void no_rows_are_no_work(void **state) {
     Testing *t = *state;
@@ -218,6 +278,8 @@ static void no_rows_are_no_work(void **state) {
     t->ops->residual_back(t->be, 0, WIDTH, w, none, none, none, dw);
     t->ops->linear(t->be, 0, WIDTH, WIDTH, none, w, w, none);
     t->ops->linear_back(t->be, 0, WIDTH, WIDTH, none, w, none, none, false, dw, dw);
+    t->ops->head_linear(t->be, 0, 1, WIDTH, WIDTH, none, w, w, none);
+    t->ops->head_linear_back(t->be, 0, 1, WIDTH, WIDTH, w, none, none);
     t->ops->gelu(t->be, 0, none, none);
     t->ops->layernorm(t->be, 0, WIDTH, 1e-6, none, w, w, none, none, none);
     t->ops->layernorm_back(t->be, 0, WIDTH, none, w, none, none, none, none, false, dw, dw);
@@ -510,6 +572,8 @@ int main(void) {
         TESTING_TEST(linear_gradients),
         TESTING_TEST(linear_gradients_of_many_rows),
         TESTING_TEST(frozen_parameters_get_no_gradient),
+        TESTING_TEST(head_linear_is_a_layer_per_head),
+        TESTING_TEST(head_linear_back_is_its_gradient),
         TESTING_TEST(no_rows_are_no_work),
         TESTING_TEST(gelu_gradient_also_in_place),
         TESTING_TEST(relu_and_its_gradient_also_in_place),

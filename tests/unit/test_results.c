@@ -166,7 +166,7 @@ static Sample *make_mixed(void) {
 
 static FvStatus write_sample(const Sample *s, const char *folder, FvError *err) {
     return fv_results_write(folder, &s->study, s->records, s->map_pixels, s->data_of,
-                            &s->provenance, err);
+                            &s->provenance, NULL, err);
 }
 
 static void write_it(const Sample *s, const char *folder) {
@@ -206,7 +206,7 @@ static void test_history_round_trip(void **state) {
     for (size_t j = 0; j < 3; j++) {
         const FvJobRecord *r = &s->records[j];
         FvJobRecord back = {0};
-        assert_int_equal(fv_history_save(path, &r->history, &r->info, &err), FV_OK);
+        assert_int_equal(fv_history_save(path, &r->history, &r->info, NULL, &err), FV_OK);
         assert_int_equal(fv_history_load(path, &back.history, &back.info, &back.present, &err),
                          FV_OK);
         assert_true(back.present);
@@ -247,7 +247,7 @@ static void test_history_damage(void **state) {
     assert_int_equal(fv_history_load(path, &back.history, &back.info, &back.present, &err), FV_OK);
     assert_false(back.present);
     add_job(s, 0, 3, 1, 1, 2, 1, FV_JOB_RUNNING);
-    assert_int_equal(fv_history_save(path, &s->records[0].history, &s->records[0].info, &err),
+    assert_int_equal(fv_history_save(path, &s->records[0].history, &s->records[0].info, NULL, &err),
                      FV_OK);
     assert_int_equal(fv_file_read(path, &bytes, &size, &err), FV_OK);
     for (size_t i = 0; i < 400; i++) {
@@ -271,7 +271,7 @@ static void test_history_does_not_fit(void **state) {
     FvTensorFile *file;
     FvHistory small = {0}, other = {0};
     join(path, *state, "history.safetensors");
-    assert_int_equal(fv_history_save(path, &s->records[0].history, &s->records[0].info, &err),
+    assert_int_equal(fv_history_save(path, &s->records[0].history, &s->records[0].info, NULL, &err),
                      FV_OK);
     assert_int_equal(fv_tensors_open(path, &file, &err), FV_OK);
     assert_int_equal(fv_history_create(299, 9, 9, 6, FRAMES, MAP_CLIPS, GRID, &small, &err), FV_OK);

@@ -13,8 +13,17 @@ static inline FvStatus tested_backend_create(size_t threads, FvBackend **out, Fv
     (void)threads;
     return fv_cuda_backend_create(&options, out, err);
 }
+/* The one whose products round what they read, where there is one: CUDA's in bf16 mode. */
+static inline FvStatus tested_rounding_create(size_t threads, FvBackend **out, FvError *err) {
+    const FvCudaOptions options = {.managed = true, .bf16 = true};
+    (void)threads;
+    return fv_cuda_backend_create(&options, out, err);
+}
 #else
 static inline FvStatus tested_backend_create(size_t threads, FvBackend **out, FvError *err) {
+    return fv_cpu_backend_create(threads, out, err);
+}
+static inline FvStatus tested_rounding_create(size_t threads, FvBackend **out, FvError *err) {
     return fv_cpu_backend_create(threads, out, err);
 }
 #endif
