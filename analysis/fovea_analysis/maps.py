@@ -74,7 +74,9 @@ def signed(values, size=TILE):
     height, width = values.shape
     for y, x in np.argwhere(np.abs(values) > most / 2):
         centre = ((x + 0.5) * size / width, (y + 0.5) * size / height)
-        draw.text(centre, "+" if values[y, x] > 0 else "−", anchor="mm", fill="black",
+        dark = sum(tile.getpixel((int(centre[0]), int(centre[1])))) < 300
+        draw.text(centre, "+" if values[y, x] > 0 else "−", anchor="mm",
+                  fill="white" if dark else "black",
                   font=font(max(9, min(16, size // width))))
     return tile
 
