@@ -83,14 +83,15 @@ def controls_text(findings):
     """What the controls say, over all experiments that see."""
     seen = [r for r in findings.results if r.measured and r.vision]
     parts = []
+    that = "That" if findings.most_seeds >= MIN_SEEDS else "For these trained models alone, that"
     supported = [r.name for r in seen if claim(r).startswith("supported")]
     if supported:
-        parts.append(f"That the choice itself helps is supported for {listing(supported)}: "
+        parts.append(f"{that} the choice itself helps is supported for {listing(supported)}: "
                      "queries chosen for another clip predict worse there.")
     elif any("other" in r.controls for r in seen):
-        parts.append("That the choice itself helps is supported for no experiment: it takes a fine "
-                     "pass that beats the coarse one and loses when it reads with another clip's "
-                     "queries.")
+        parts.append(f"{that} the choice itself helps is supported for no experiment: it takes a "
+                     "fine pass that beats the coarse one and loses when it reads with another "
+                     "clip's queries.")
     worse = [r for r in seen if r.controls["copy"].low > 0]
     if len(worse) == len(seen):
         least = min(r.controls["copy"].value for r in worse)

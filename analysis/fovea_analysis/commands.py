@@ -99,9 +99,9 @@ def export_work(arguments):
     if o.format == "parquet":
         try:
             importlib.import_module("pyarrow")
-        except ImportError:
-            raise Unreadable("Parquet needs pyarrow: pip install pyarrow; or --format csv"
-                             ) from None
+        except ImportError as error:
+            raise Unreadable(f"Parquet needs pyarrow: {error}; pip install pyarrow, or "
+                             "--format csv") from None
     study = load(o.results)
     folder = o.out or pathlib.Path(study.attrs["path"]).with_name("tables")
     folder.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def add_ranking(page, findings, pictures):
         f"not enough data: fewer than {MIN_SEEDS} seeds finished in both experiments",
         f"collapsed features: cosine of {COLLAPSED} or more",
         f"differentiated but not more predictive: cosine at least {APART} below the baseline's, "
-        "ratio not better",
+        "ratio worse or without detectable effect",
         f"unstable: a run failed, or its last held-out loss_fine is more than {UNSTABLE:g} times "
         "its lowest"])
     page.heading("Losses beside their controls", 3)

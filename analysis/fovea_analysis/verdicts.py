@@ -226,8 +226,8 @@ def tag(findings, result):
     elif result.against:
         tags.append(verdict(result.against))
         apart = result.against.cosine
-        clear = len(result.against.seeds) < 2 or apart.high < 0
-        if apart.value <= -APART and clear and tags[0] != "better":
+        if (tags[0] in ("no detectable effect", "worse") and apart.value <= -APART
+                and apart.high < 0):
             tags.append("differentiated but not more predictive")
     else:
         tags.append("not comparable with the baseline")

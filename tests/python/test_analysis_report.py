@@ -139,6 +139,16 @@ class OfTheProgram(unittest.TestCase):
         value = float(re.search(r"([\d.]+)\)?\nCoord", done.stdout).group(1).strip("()"))
         self.assertIn(f"# {value:.4f} where", snippet)
 
+    def test_the_example_of_the_docs_runs(self):
+        block = re.search(r"```python\n(.*?)```", (ROOT / "docs/analysis.md").read_text(), re.S)
+        (self.out.parent / "runs").mkdir()
+        (self.out.parent / "runs/ablations").symlink_to(self.out)
+        done = subprocess.run([sys.executable, "-c", block.group(1)], text=True,
+                              cwd=self.out.parent, capture_output=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT / "analysis")})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("eval_loss_fine", done.stdout)
+
     def test_as_a_module(self):
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "analysis")}
         for arguments, status in ((["compare", self.out, "--against", "seed"], 0),

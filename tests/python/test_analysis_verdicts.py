@@ -60,8 +60,9 @@ class Verdicts(unittest.TestCase):
 
     def test_one_and_two_seeds_give_no_verdict(self):
         for seeds in ((3,), (3, 4)):
-            f = self.judge(seeds=seeds, effect={"B": -0.05})
+            f = self.judge(seeds=seeds, effect={"B": -0.05}, cosine={"C": -0.9})
             self.assertEqual(f.by_name("B").tags, ["not enough data"])
+            self.assertEqual(f.by_name("C").tags, ["not enough data"])
             self.assertLess(f.by_name("B").against.ratio.value, -0.04)
 
     def test_sign_flips_decide_from_eight_seeds_on(self):
