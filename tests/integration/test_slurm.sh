@@ -71,7 +71,10 @@ done_with "no GPUs"
 D=$TMPDIR/cluster
 tests/slurm/cluster up "$D"
 . "$D/env"
-two=$(submit two --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 jobs/slurm/ablations.sbatch)
+printf '#!/bin/sh\n[ "$1" = status ] || echo "sees GPUs $CUDA_VISIBLE_DEVICES"\nexec ./fovea "$@"\n' >"$TMPDIR/tell"
+chmod +x "$TMPDIR/tell"
+two=$(FOVEA_PROGRAM=$TMPDIR/tell submit two --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 \
+    --gpus-per-task=1 jobs/slurm/ablations.sbatch)
 ended "$two" two COMPLETED 0
 uneven=$(FOVEA_LAUNCHER=mpirun submit uneven --nodes=2 --ntasks=3 --ntasks-per-node=2 \
     --gpus-per-node=2 jobs/slurm/ablations.sbatch)
@@ -90,6 +93,7 @@ compare "$TMPDIR/unstaged/results.h5" "$TMPDIR/staged/results.h5"
 ended "$cpu" cpu COMPLETED 0
 for name in two uneven cpu; do compare "$TMPDIR/direct/results.h5" "$TMPDIR/$name/results.h5"; done
 says two "$NODE2"
+[ "$(grep -c '^sees GPUs 0,1$' "$TMPDIR/two.txt")" = 4 ] || fail "ranks are shown one GPU alone"
 says uneven '^2  +'"$NODE2"
 done_with "two nodes"
 
@@ -100,7 +104,7 @@ c=$(one_node c 1 jobs/slurm/ablations.sbatch --out "$TMPDIR/elsewhere")
 d=$(SRUN_MPI=none one_node d 2 jobs/slurm/ablations.sbatch)
 e=$(FOVEA_LAUNCHER=prun one_node e 1 jobs/slurm/ablations.sbatch)
 f=$(one_node f 1 --array=7 jobs/slurm/ablations-array.sbatch)
-for job in "$a a" "$b b" "$c c" "$e e" "$f f"; do ended ${job% *} "${job#* }" FAILED 2; done
+for job in "$a a" "$b b" "$c c" "$e e" "$f f"; do ended "${job% *}" "${job#* }" FAILED 2; done
 ended "$d" d FAILED 1
 says a 'FOVEA_STUDY names one'
 says b 'did you mean "temperature"'
