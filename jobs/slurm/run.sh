@@ -39,12 +39,13 @@ prepare() { # DEFAULT_STUDY ARGUMENTS...
 choose_launcher() {
     case ${FOVEA_LAUNCHER:-srun} in
     srun)
-        # Since Slurm 22.05 srun does not take over the batch job's --cpus-per-task. Each rank sees
-        # all GPUs of its node and takes its own by its local rank: one visible GPU per rank keeps
-        # NCCL from using peer access (NCCL issues 1066, 1948).
+        # Since Slurm 22.05 srun does not take over the batch job's --cpus-per-task. Each rank is shown
+        # all GPUs of its job on the node and takes its own by its local rank: one visible GPU per
+        # rank keeps NCCL from using peer access (NCCL issues 1066, 1948), and under --gpu-bind=none
+        # Slurm does not say which GPUs are the job's.
         export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+        unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_GPU_BIND
         launch=(srun "--mpi=${SRUN_MPI:-pmix}" --kill-on-bad-exit=1 --export=ALL)
-        if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then launch+=(--gpu-bind=none); fi
         ;;
     mpirun) launch=(mpirun --bind-to none) ;;
     *) die 2 "FOVEA_LAUNCHER=$FOVEA_LAUNCHER: srun or mpirun" ;;

@@ -1,6 +1,7 @@
 #include "run/watchdog.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,7 +41,7 @@ struct FvWatchdog {
     Place *mine; /* [slots] */
     /* rank 0: */
     Place *all;    /* [world size, slots] */
-    double *heard; /* [world size] */
+    double *heard; /* [world size]; infinite: it has ended */
     char (*hosts)[FV_HOST];
     size_t ended; /* ranks */
 };
@@ -99,7 +100,7 @@ _Noreturn static void blame(const FvWatchdog *w, size_t rank, size_t slot) {
 /* --- the thread ------------------------------------------------------------------------------ */
 
 static void hear(FvWatchdog *w, size_t rank, const Beat *beat) {
-    w->heard[rank] = fv_now();
+    w->heard[rank] = beat->last ? INFINITY : fv_now();
     w->ended += beat->last;
     snprintf(w->hosts[rank], FV_HOST, "%s", beat->host);
     if (!beat->last)
@@ -128,11 +129,29 @@ static void listen(FvWatchdog *w) {
         hear(w, from, &beat);
 }
 
+/* A rank may go silent before it has told of a job; it has the time of the most patient one. */
+static void look_for_silent(const FvWatchdog *w) {
+    double limit = 0;
+    for (size_t i = 0; i < w->world->size * w->group->slots; i++)
+        limit = fmax(limit, w->all[i].limit);
+    for (size_t r = 1; limit > 0 && r < w->world->size; r++) {
+        double quiet = fv_now() - w->heard[r];
+        if (quiet <= limit)
+            continue;
+        fprintf(stderr,
+                "fovea: rank %zu on %s hangs: between two jobs, nothing heard for %.0f seconds "
+                "(watchdog); the same command goes on from the checkpoints\n",
+                r, w->hosts[r], quiet);
+        fv_world_abort(FV_DEVICE);
+    }
+}
+
 static void look_at_all(const FvWatchdog *w) {
     size_t slots = w->group->slots;
     for (size_t i = 0; i < w->world->size * slots; i++)
         if (stands_still(&w->all[i], 1))
             blame(w, i / slots, i % slots);
+    look_for_silent(w);
 }
 
 /* Should rank 0 be the one that hangs. */

@@ -43,6 +43,7 @@ def main(out, whole, memory):
     if not results.exists():
         if before:
             sys.exit(f"{results}: was there and is gone")
+        print("no results yet")
         return
     with h5py.File(results) as a, h5py.File(whole / "results.h5") as b:
         shown = rows(a, b)

@@ -66,19 +66,34 @@ compare "$TMPDIR/direct/results.h5" "$TMPDIR/plain/results.h5"
 tests/slurm/cluster down "$D"
 done_with "no GPUs"
 
-# Two nodes of two ranks with srun; two and one with mpirun; a partition without GPUs.
+# Two nodes of two ranks with srun; two and one with mpirun; a partition without GPUs; the data file
+# staged.
 D=$TMPDIR/cluster
 tests/slurm/cluster up "$D"
 . "$D/env"
-two=$(submit two --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 jobs/slurm/ablations.sbatch)
+printf '#!/bin/sh\n[ "$1" = status ] || echo "sees GPUs $CUDA_VISIBLE_DEVICES"\nexec ./fovea "$@"\n' >"$TMPDIR/tell"
+chmod +x "$TMPDIR/tell"
+two=$(FOVEA_PROGRAM=$TMPDIR/tell submit two --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 \
+    --gpus-per-task=1 jobs/slurm/ablations.sbatch)
 ended "$two" two COMPLETED 0
 uneven=$(FOVEA_LAUNCHER=mpirun submit uneven --nodes=2 --ntasks=3 --ntasks-per-node=2 \
     --gpus-per-node=2 jobs/slurm/ablations.sbatch)
 cpu=$(SBATCH_GPUS_PER_NODE=0 submit cpu --nodes=1 --ntasks-per-node=2 jobs/slurm/extended.sbatch seeds=0)
+clips="frames=4 image_size=16 data=$TMPDIR/clips.h5"
+"$FOVEA" prepare procedural -o "$TMPDIR/clips.h5" --frames 4 --size 16 --clips-train 20 --clips-held-out 4 >/dev/null
+# shellcheck disable=SC2086,SC2016 # a list; the job expands it
+{
+    staged=$(FOVEA_STAGE='$TMPDIR/disk' one_node staged 1 jobs/slurm/ablations.sbatch $clips)
+    run_tiny "$TMPDIR/unstaged" $clips
+}
 ended "$uneven" uneven COMPLETED 0
+ended "$staged" staged COMPLETED 0
+cmp "$TMPDIR/clips.h5" "$TMPDIR/disk/clips.h5"
+compare "$TMPDIR/unstaged/results.h5" "$TMPDIR/staged/results.h5"
 ended "$cpu" cpu COMPLETED 0
 for name in two uneven cpu; do compare "$TMPDIR/direct/results.h5" "$TMPDIR/$name/results.h5"; done
 says two "$NODE2"
+[ "$(grep -c '^sees GPUs 0,1$' "$TMPDIR/two.txt")" = 4 ] || fail "ranks are shown one GPU alone"
 says uneven '^2  +'"$NODE2"
 done_with "two nodes"
 
@@ -89,7 +104,7 @@ c=$(one_node c 1 jobs/slurm/ablations.sbatch --out "$TMPDIR/elsewhere")
 d=$(SRUN_MPI=none one_node d 2 jobs/slurm/ablations.sbatch)
 e=$(FOVEA_LAUNCHER=prun one_node e 1 jobs/slurm/ablations.sbatch)
 f=$(one_node f 1 --array=7 jobs/slurm/ablations-array.sbatch)
-for job in "$a a" "$b b" "$c c" "$e e" "$f f"; do ended ${job% *} "${job#* }" FAILED 2; done
+for job in "$a a" "$b b" "$c c" "$e e" "$f f"; do ended "${job% *}" "${job#* }" FAILED 2; done
 ended "$d" d FAILED 1
 says a 'FOVEA_STUDY names one'
 says b 'did you mean "temperature"'
@@ -104,13 +119,15 @@ done_with "wrong options"
 
 # A signal before the time limit, or a killed rank: requeued, the same losses in the end. A job that
 # the user cancels stays cancelled; one that may not restart ends with fovea's status.
-long="--only B_temp_0.1 steps=4000 eval_every=1000 map_every=1000 checkpoint_steps=100"
+steps="steps=4000 eval_every=1000 map_every=1000 checkpoint_steps=100"
+long="--only B_temp_0.1 $steps"
 # shellcheck disable=SC2086
 {
     signalled=$(one_node signalled 1 jobs/slurm/ablations.sbatch $long)
     cancelled=$(one_node cancelled 1 jobs/slurm/extended.sbatch $long steps=1000000)
     killed=$(FOVEA_PROGRAM="env ./fovea" submit killed --nodes=2 --ntasks-per-node=1 \
         --gpus-per-node=1 jobs/slurm/ablations.sbatch $long)
+    tasks=$(submit tasks --gpus-per-node=0 --array=1,3 jobs/slurm/ablations-array.sbatch $steps)
     last=$(FOVEA_RESTARTS=0 one_node last 1 jobs/slurm/ablations.sbatch $long steps=1000000)
     appears "$TMPDIR/signalled/B_temp_0.1/seed_0/checkpoint-*"
     scancel --batch --signal=USR1 "$signalled"
@@ -118,6 +135,8 @@ long="--only B_temp_0.1 steps=4000 eval_every=1000 map_every=1000 checkpoint_ste
     scancel "$cancelled"
     appears "$TMPDIR/last/B_temp_0.1/seed_0/checkpoint-*"
     scancel --batch --signal=USR1 "$last"
+    appears "$TMPDIR/tasks/tasks/B_temp_0.1/B_temp_0.1/seed_0/checkpoint-*"
+    scancel --batch --signal=USR1 "${tasks}_1"
     appears "$TMPDIR/killed/B_temp_0.1/seed_0/checkpoint-*"
     kill -KILL "$(rank_of killed)"
     run_tiny "$TMPDIR/whole" $long
@@ -132,6 +151,11 @@ says signalled 'start 1'
 says signalled 'after USR1; requeued'
 says signalled 'start 2'
 compare "$TMPDIR/whole/results.h5" "$TMPDIR/signalled/results.h5"
+for task in "${tasks}_1 1" "${tasks}_3 0"; do
+    ended "${task% *}" tasks COMPLETED 0
+    [ "$(field "${task% *}" Restarts)" = "${task#* }" ] || fail "task ${task% *}: $(field "${task% *}" Restarts) restarts"
+done
+compare "$TMPDIR/whole/results.h5" "$TMPDIR/tasks/tasks/B_temp_0.1/results.h5"
 ended "$killed" killed COMPLETED 0
 says killed 'status 137: ranks were killed; requeued'
 compare "$TMPDIR/whole/results.h5" "$TMPDIR/killed/results.h5"
