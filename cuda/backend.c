@@ -237,12 +237,21 @@ static FvStatus cuda_wait(FvBackend *backend, size_t mark, FvError *err) {
     return report_failure(cuda, err);
 }
 
+static void cuda_unrecord(FvBackend *backend) {
+    FvCuda *cuda = fv_cuda(backend);
+    fv_cuda_ok(cuda, cudaStreamSynchronize(cuda->stream), "waiting for the GPU");
+    if (cuda->recording)
+        fv_cuda_ok(cuda, cudaGraphExecDestroy(cuda->recording), "dropping a recording");
+    cuda->recording = NULL;
+}
+
 /* Other threads may allocate meanwhile, for jobs of their own. */
 static FvStatus cuda_record(FvBackend *backend, FvError *err) {
     FvCuda *cuda = fv_cuda(backend);
+    cuda_unrecord(backend);
     fv_cuda_ok(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal),
                "recording a step");
-    cuda->capturing = true;
+    cuda->capturing = !cuda->failure[0];
     return report_failure(cuda, err);
 }
 
@@ -250,11 +259,7 @@ static FvStatus cuda_recorded(FvBackend *backend, FvError *err) {
     FvCuda *cuda = fv_cuda(backend);
     cudaGraph_t graph = NULL;
     cuda->capturing = false;
-    bool ok = fv_cuda_ok(cuda, cudaStreamEndCapture(cuda->stream, &graph), "recording a step");
-    if (ok && cuda->recording)
-        ok = fv_cuda_ok(cuda, cudaGraphExecDestroy(cuda->recording), "dropping a recording");
-    cuda->recording = NULL;
-    if (ok)
+    if (fv_cuda_ok(cuda, cudaStreamEndCapture(cuda->stream, &graph), "recording a step"))
         fv_cuda_ok(cuda, cudaGraphInstantiate(&cuda->recording, graph, 0), "preparing a recording");
     if (graph)
         fv_cuda_ok(cuda, cudaGraphDestroy(graph), "freeing a recording");
@@ -332,6 +337,7 @@ static const FvOps cuda_ops = {.destroy = cuda_destroy,
                                .record = cuda_record,
                                .recorded = cuda_recorded,
                                .replay = cuda_replay,
+                               .unrecord = cuda_unrecord,
                                .copy = cuda_copy,
                                .copy_operands = cuda_copy_operands,
                                FV_CUDA_OPS(FV_CUDA_ENTRY)};
@@ -370,6 +376,7 @@ static bool make_marks(FvCuda *cuda) {
  * is bfloat16. */
 static bool start(FvCuda *cuda) {
     const size_t bytes = (size_t)32 << 20;
+    cudaGetLastError(); /* of this thread's last backend */
     return fv_cuda_ok(cuda, cudaSetDevice(cuda->device), "choosing the GPU") &&
            fv_cuda_ok(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                       "making a stream") &&

@@ -98,10 +98,10 @@ void fv_cuda_adamw(FvBackend *backend, const FvAdamW *a, const double *rates, si
 /* Elements from the first bad one to the end, 0 without one: the largest is the answer. */
 typedef unsigned long long Rest;
 
-static __global__ void search_part(size_t n, const float *x, Rest *part) {
+template <typename T> static __global__ void search_part(size_t n, const T *x, Rest *part) {
     Rest rest = 0;
     for (size_t i = fv_thread(); i < n && rest == 0; i += grid_threads())
-        if (!is_finite(x[i]))
+        if (!is_finite(fv_load(x + i)))
             rest = n - i;
     rest = fv_block_max(rest);
     if (threadIdx.x == 0)
@@ -121,10 +121,12 @@ static __global__ void largest(size_t parts, const Rest *part, Rest *out) {
 size_t fv_cuda_first_nonfinite(FvBackend *backend, size_t n, const real *x) {
     FvCuda *cuda = fv_cuda(backend);
     Rest rest = 0, *part = (Rest *)fv_cuda_workspace(cuda, (most_blocks + 1) * sizeof *part);
-    if (!part || !fv_are_floats(cuda, "first_nonfinite", x))
+    if (!part)
         return n;
     unsigned parts = grid_blocks(n);
-    FV_LAUNCH(cuda, search_part, parts, FV_BLOCK, 0, n, x, part);
+    fv_with_elements(cuda, (real *)(uintptr_t)x, [&](auto *elements) {
+        FV_LAUNCH(cuda, search_part, parts, FV_BLOCK, 0, n, elements, part);
+    });
     FV_LAUNCH(cuda, largest, 1, FV_BLOCK, 0, parts, part, part + most_blocks);
     fv_cuda_ok(cuda,
                cudaMemcpyAsync(&rest, part + most_blocks, sizeof rest, cudaMemcpyDeviceToHost,

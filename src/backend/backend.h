@@ -114,6 +114,7 @@ typedef struct FvOps {
     FvStatus (*record)(FvBackend *, FvError *);
     FvStatus (*recorded)(FvBackend *, FvError *);
     void (*replay)(FvBackend *);
+    void (*unrecord)(FvBackend *); /* before what a recording names is released */
 
     /* --- rows and elements ------------------------------------------------------------------ */
     void (*copy)(FvBackend *, size_t n, const real *x, real *y);

@@ -234,6 +234,38 @@ void fv_message_wait(size_t from, int tag, void *data, size_t bytes) {
         nap(1);
 }
 
+struct FvPost {
+    MPI_Request request; /* MPI_REQUEST_NULL: none on its way */
+    char data[FV_MESSAGE];
+};
+
+FvPost *fv_post_create(void) {
+    FvPost *post = calloc(1, sizeof *post);
+    if (post)
+        post->request = MPI_REQUEST_NULL;
+    return post;
+}
+
+bool fv_post_send(FvPost *post, size_t to, int tag, const void *data, size_t bytes) {
+    int done = 0;
+    if (MPI_Test(&post->request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS || !done)
+        return false;
+    memcpy(post->data, data, bytes);
+    return MPI_Isend(post->data, (int)bytes, MPI_BYTE, (int)to, tag, MPI_COMM_WORLD,
+                     &post->request) == MPI_SUCCESS;
+}
+
+/* The memory of a message that is not taken stays MPI's. */
+void fv_post_destroy(FvPost *post, bool taken) {
+    int done = 1;
+    if (post && taken)
+        MPI_Wait(&post->request, MPI_STATUS_IGNORE);
+    else if (post)
+        MPI_Test(&post->request, &done, MPI_STATUS_IGNORE);
+    if (done)
+        free(post);
+}
+
 void fv_mpi_version(char *out, size_t size) {
     char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
     int length = 0;

@@ -67,6 +67,14 @@ bool fv_message_poll(int tag, void *data, size_t bytes, size_t *from);
 /* Waits (sleeping between looks) for a message with this tag from rank `from`. */
 void fv_message_wait(size_t from, int tag, void *data, size_t bytes);
 
+/* A place for one message on its way, sent without waiting. For one thread. */
+typedef struct FvPost FvPost;
+FvPost *fv_post_create(void); /* NULL when memory is out */
+/* Of at most FV_MESSAGE bytes; false, and nothing is sent, while the last one is not taken. */
+bool fv_post_send(FvPost *, size_t to, int tag, const void *data, size_t bytes);
+/* taken: waits until the last one is; else it is left behind, for a program that ends. */
+void fv_post_destroy(FvPost *, bool taken);
+
 /* "Open MPI 4.1.4" */
 void fv_mpi_version(char *out, size_t size);
 

@@ -17,18 +17,21 @@ typedef struct Entry {
 
 struct FvEncoderCaches {
     FvDevice device;
+    size_t reserve;
     pthread_mutex_t mutex; /* of what follows */
     FvBackend *be;         /* whose memory the caches are in; opened for the first */
     Entry *first;
 };
 
-FvStatus fv_encoder_caches_create(const FvDevice *device, FvEncoderCaches **out, FvError *err) {
+FvStatus fv_encoder_caches_create(const FvDevice *device, size_t reserve, FvEncoderCaches **out,
+                                  FvError *err) {
     FvEncoderCaches *caches = calloc(1, sizeof *caches);
     if (!caches || pthread_mutex_init(&caches->mutex, NULL) != 0) {
         free(caches);
         return FV_FAIL(err, FV_DEVICE, "out of memory for the encoder's caches");
     }
     caches->device = *device;
+    caches->reserve = reserve;
     *out = caches;
     return FV_OK;
 }

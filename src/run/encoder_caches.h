@@ -9,8 +9,10 @@
 
 typedef struct FvEncoderCaches FvEncoderCaches; /* thread-safe */
 
-/* Takes no memory to speak of before the first cache is asked for. */
-FvStatus fv_encoder_caches_create(const FvDevice *, FvEncoderCaches **out, FvError *err);
+/* Takes no memory to speak of before the first cache is asked for. reserve: bytes that are left to
+ * jobs that have not taken theirs. FV_DEVICE: no memory. */
+FvStatus fv_encoder_caches_create(const FvDevice *, size_t reserve, FvEncoderCaches **out,
+                                  FvError *err);
 /* Frees the caches: no model uses one any more. */
 void fv_encoder_caches_destroy(FvEncoderCaches *);
 

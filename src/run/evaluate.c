@@ -13,7 +13,9 @@ struct FvEvaluator {
     size_t slot, held_out, share, map_clips; /* share: clips per rank, the last may have fewer */
     FvBatch batch;
     double *mine, *all; /* [share, FV_EVAL_COUNT, T], and every rank's on the root */
-    double *attention;  /* [clips * T, 1 + N] */
+    FvProgressCall *progress;
+    void *context;
+    double *attention; /* [clips * T, 1 + N] */
 };
 
 FvStatus fv_evaluator_create(FvModel *model, FvData *data, const FvModelConfig *config,
@@ -57,6 +59,16 @@ void fv_evaluator_destroy(FvEvaluator *e) {
     free(e);
 }
 
+void fv_evaluator_watch(FvEvaluator *e, FvProgressCall *call, void *context) {
+    e->progress = call;
+    e->context = context;
+}
+
+static void tell(const FvEvaluator *e, FvActivity activity) {
+    if (e->progress)
+        e->progress(e->context, activity);
+}
+
 /* Loads held-out clips first, first + 1, ...; slots beyond `end` repeat the last clip. */
 static FvStatus load_clips(FvEvaluator *e, size_t first, size_t end, FvError *err) {
     for (size_t b = 0; b < e->c.clips; b++) {
@@ -97,6 +109,7 @@ static FvStatus evaluate_share(FvEvaluator *e, size_t first, size_t end, FvError
     for (size_t clip = first; clip < end; clip += e->c.clips) {
         FvMeasures measures;
         size_t count = end - clip < e->c.clips ? end - clip : e->c.clips;
+        tell(e, FV_COMPUTING);
         FV_TRY(load_clips(e, clip, end, err));
         fv_model_encode(m);
         fv_model_coarse(m);
@@ -114,7 +127,9 @@ FvStatus fv_evaluate(FvEvaluator *e, FvHistory *h, size_t step, FvError *err) {
     size_t end = first + e->share < e->held_out ? first + e->share : e->held_out;
     FV_TRY(evaluate_share(e, first, end, err));
     size_t bytes = e->share * FV_EVAL_COUNT * frames * sizeof(double);
+    tell(e, FV_WAITING);
     FV_TRY(fv_group_gather(e->group, e->slot, e->mine, bytes, e->all, err));
+    tell(e, FV_COMPUTING);
     if (e->group->rank != 0)
         return FV_OK;
     for (size_t clip = 0; clip < e->held_out; clip++)
@@ -149,6 +164,7 @@ FvStatus fv_map(FvEvaluator *e, FvHistory *h, size_t step, FvError *err) {
         return FV_OK;
     for (size_t first = 0; first < e->map_clips; first += e->c.clips) {
         size_t left = e->map_clips - first, count = left < e->c.clips ? left : e->c.clips;
+        tell(e, FV_COMPUTING);
         for (size_t b = 0; b < e->c.clips; b++) {
             size_t i = b < count ? first + b : e->map_clips - 1;
             uint32_t clip = fv_map_clip(i, e->map_clips, e->held_out);

@@ -6,11 +6,15 @@
 #include "run/comm.h"
 #include "run/data.h"
 #include "run/history.h"
+#include "run/watchdog.h"
 
 typedef struct FvEvaluator FvEvaluator; /* memory for one job's evaluations */
 
 FvStatus fv_evaluator_create(FvModel *, FvData *, const FvModelConfig *, const FvGroup *,
                              size_t slot, size_t map_clips, FvEvaluator **out, FvError *err);
+/* Told before each batch, and before the wait for the other ranks. */
+typedef void FvProgressCall(void *context, FvActivity);
+void fv_evaluator_watch(FvEvaluator *, FvProgressCall *, void *context);
 void fv_evaluator_destroy(FvEvaluator *);
 
 /* Appends to the root's history: all held-out clips, shared out over the group's ranks. */

@@ -11,7 +11,7 @@
 #include "cuda/collective.h"
 enum { HAS_NCCL = 1 };
 #else
-enum { HAS_NCCL = 0, FV_COLLECTIVE_ID = 1 };
+enum { HAS_NCCL = 0, FV_COLLECTIVE_ID = 128 };
 #endif
 
 /* Elements: what travels through the host at once, and what NCCL averages at once: large enough
@@ -245,7 +245,10 @@ static FvStatus watch(FvExchange *x, size_t mark, FvError *err) {
 
 FvStatus fv_exchange_wait(FvExchange *x, size_t mark, FvError *err) {
     FvStatus status = x->kind == OVER_NCCL ? watch(x, mark, err) : FV_OK;
-    x->config.link->failed = x->config.link->failed || status != FV_OK;
-    FV_TRY(status);
+    if (status != FV_OK) { /* its kernels would keep the GPU, and all who wait for it, for ever */
+        x->config.link->failed = true;
+        fv_link_close(x->config.link);
+        return status;
+    }
     return x->config.backend->ops->wait(x->config.backend, mark, err);
 }

@@ -45,6 +45,7 @@ typedef struct Session {
     FvGroup group;
     FvLink link;
     FvWatchdog *watchdog;
+    bool watched; /* on every rank */
     FvDisplay *display;
     FvCoordinator *coordinator;
 } Session;
@@ -329,20 +330,26 @@ static void tell_study(Session *s) {
     fv_display_log(s->display, "results: %s/results.h5", s->out);
 }
 
-/* Held at most, beside what --dry-run predicts for this rank. */
-static void tell_memory(Session *s) {
-    FvError ignored;
-    size_t largest = 0, histories = 0;
+/* Bytes of the largest job, and of the records of all. */
+static FvStatus measure_jobs(const Session *s, size_t *largest, size_t *histories, FvError *err) {
+    *largest = *histories = 0;
     for (size_t e = 0; e < s->study.experiment_count; e++) {
         FvJobPlan plan;
         const FvConfig *c = &s->study.experiments[e].config;
-        if (fv_plan_job(c, s->group.size, s->info[e], &plan, &ignored) != FV_OK)
-            return;
-        largest = fv_plan_bytes(&plan) > largest ? fv_plan_bytes(&plan) : largest;
-        histories = fv_add(histories, fv_mul(s->study.seed_count, plan.history));
+        FV_TRY(fv_plan_job(c, s->group.size, s->info[e], &plan, err));
+        *largest = fv_plan_bytes(&plan) > *largest ? fv_plan_bytes(&plan) : *largest;
+        *histories = fv_add(*histories, fv_mul(s->study.seed_count, plan.history));
     }
-    size_t caches;
-    if (fv_plan_caches(&s->study, s->info, s->memory_left, &caches, &ignored) != FV_OK)
+    return FV_OK;
+}
+
+/* Held at most, beside what --dry-run predicts for this rank. */
+static void tell_memory(Session *s) {
+    FvError ignored;
+    size_t largest, histories, caches;
+    if (measure_jobs(s, &largest, &histories, &ignored) != FV_OK ||
+        fv_plan_caches(&s->study, s->info, s->memory_left, fv_mul(largest, s->group.slots), &caches,
+                       &ignored) != FV_OK)
         return;
     size_t planned = fv_plan_rank_bytes(largest, s->group.slots, s->info[0]->bytes, caches,
                                         histories, s->threads);
@@ -366,6 +373,20 @@ typedef struct Slot {
     FvError err;
 } Slot;
 
+/* After a GPU's failure: whether it can still be used. One that cannot would fail every further job
+ * at once, which other ranks could do. */
+static bool is_usable(const Session *s) {
+    FvBackend *be;
+    FvError ignored;
+    if (!s->device.gpu)
+        return true;
+    if (fv_device_open(&s->device, "auto", 1, &be, &ignored) != FV_OK)
+        return false;
+    FvStatus status = be->ops->sync(be, &ignored);
+    fv_backend_destroy(be);
+    return status == FV_OK;
+}
+
 static void *run_slot(void *argument) {
     Slot *slot = argument;
     Session *s = slot->session;
@@ -385,14 +406,19 @@ static void *run_slot(void *argument) {
             slot->status = status;
             slot->err = err;
         }
-        if (job == FV_NO_JOB || (!job_only && g->size > 1))
+        if (job == FV_NO_JOB || (!job_only && (g->size > 1 || !is_usable(s))))
             return NULL;
     }
 }
 
 static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
     FvEncoderCaches *caches = NULL;
-    FvStatus status = fv_encoder_caches_create(&s->device, &caches, err);
+    size_t largest, histories;
+    FvStatus status = measure_jobs(s, &largest, &histories, err);
+    if (status == FV_OK)
+        status =
+            fv_encoder_caches_create(&s->device, fv_mul(largest, s->group.slots), &caches, err);
+    pthread_mutex_t device_lock = PTHREAD_MUTEX_INITIALIZER;
     FvRun run = {.world = &s->in->world,
                  .group = &s->group,
                  .study = &s->study,
@@ -405,6 +431,7 @@ static FvStatus run_slots(Session *s, bool *abort, FvError *err) {
                  .caches = caches,
                  .link = &s->link,
                  .watchdog = s->watchdog,
+                 .device_lock = &device_lock,
                  .stop = s->in->stop};
     Slot *slots = calloc(s->group.slots, sizeof *slots);
     pthread_t *threads = calloc(s->group.slots, sizeof *threads);
@@ -526,6 +553,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     }
     TOGETHER(open_out(s, err));
     TOGETHER(fv_world_broadcast(&s->fence, sizeof s->fence, err));
+    s->fence.lock = s->lock; /* -1 but on rank 0 */
     TOGETHER(stage_data(s, err));
     TOGETHER(open_data(s, err));
     if (w->rank == 0) /* who records them */
@@ -539,6 +567,7 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     TOGETHER(tell_ranks(s, err));
     TOGETHER(start_coordinator(s, err));
     TOGETHER(fv_watchdog_start(w, &s->group, s->name_list, &s->watchdog, err));
+    s->watched = true;
     FvStatus status = run_slots(s, abort, err);
     if (*abort) {
         *speaker = true;
@@ -571,7 +600,7 @@ FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError 
     FvStatus status = run_session(&s, speaker, abort, err);
     if (*abort)
         return status;
-    fv_watchdog_stop(s.watchdog);
+    fv_watchdog_stop(s.watchdog, s.watched);
     fv_coordinator_destroy(s.coordinator);
     fv_display_destroy(s.display);
     fv_link_close(&s.link);

@@ -109,6 +109,7 @@ FvStatus fv_fence_take(const char *folder, FvFence *fence, int *lock, FvError *e
     if (file < 0)
         return FV_FAIL(err, FV_IO, "%s: cannot be written: %s; choose another --out", path,
                        strerror(errno));
+    fence->lock = -1;
     FvStatus status = settle(folder, file, &mine, err);
     if (status == FV_OK)
         status = owner_path(folder, path, err);
@@ -123,7 +124,7 @@ FvStatus fv_fence_take(const char *folder, FvFence *fence, int *lock, FvError *e
         close(file); /* releases it */
         return status;
     }
-    *lock = file;
+    *lock = fence->lock = file;
     return FV_OK;
 }
 
@@ -142,8 +143,11 @@ FvStatus fv_fence_check(const FvFence *fence, FvError *err) {
     FV_TRY(fv_file_read(path, &text, &size, err));
     bool ours = strcmp(text, fence->owner) == 0;
     free(text);
-    if (ours)
+    if (ours) {
+        if (fence->lock >= 0)
+            flock(fence->lock, LOCK_EX | LOCK_NB); /* an orphan may hold it still */
         return FV_OK;
+    }
     if (!read_owner(fence->folder, &now))
         return FV_FAIL(err, FV_IO, "%s: is damaged: this run can no longer tell that it may write",
                        path);

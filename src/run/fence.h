@@ -11,6 +11,7 @@ enum { FV_OWNER = 512 };
 typedef struct FvFence {
     char folder[FV_PATH];
     char owner[FV_OWNER]; /* the text of OUT/owner; "" before it is taken: nothing is checked */
+    int lock;             /* the process that has taken it: OUT/lock, open; others -1 */
 } FvFence;
 
 /* Takes the folder's lock and writes OUT/owner; *lock is for fv_fence_release. FV_IO when another
@@ -22,7 +23,8 @@ void fv_fence_release(int lock);
 /* "process 71 on node3, job 512 (restart 1)" of OUT/owner, or "unknown" */
 void fv_fence_describe(const char *folder, char *out, size_t size);
 
-/* FV_IO when another run has taken over, or the folder is gone. NULL is never refused. */
+/* Also gets the lock as soon as the orphan that it was taken over from is gone.
+ * FV_IO when another run has taken over, or the folder is gone. NULL is never refused. */
 FvStatus fv_fence_check(const FvFence *, FvError *);
 
 #endif

@@ -63,8 +63,9 @@ static size_t clips_of(const FvConfig *c, const FvDataInfo *data) {
 }
 
 FvStatus fv_plan_caches(const FvStudy *study, const FvDataInfo *const *info, size_t left,
-                        size_t *bytes, FvError *err) {
+                        size_t reserve, size_t *bytes, FvError *err) {
     *bytes = 0;
+    left -= reserve < left ? reserve : left;
     for (size_t e = 0; e < study->experiment_count; e++) {
         const FvConfig *c = &study->experiments[e].config;
         FvModelConfig model;
@@ -232,7 +233,7 @@ FvStatus fv_plan_print(const FvStudy *study, const FvWorld *world, const FvOptio
     }
     printf("\nper rank, with %zu threads:\n", threads);
     size_t clips = fv_data_bytes(&study->experiments[0].config), caches;
-    FV_TRY(fv_plan_caches(study, NULL, left, &caches, err));
+    FV_TRY(fv_plan_caches(study, NULL, left, fv_mul(most, o->jobs_per_rank), &caches, err));
     print_bytes("jobs", fv_mul(most, o->jobs_per_rank));
     print_bytes("clips", clips);
     print_bytes("encoded clips", caches);

@@ -26,9 +26,9 @@ size_t fv_plan_bytes(const FvJobPlan *);
 
 /* What the rank keeps of frozen encoders' outputs when all clips have come, with `left` bytes free
  * before the study: one cache for the experiments whose encoder, data and geometry are the same.
- * info [experiments] as in fv_plan_job, or NULL. */
-FvStatus fv_plan_caches(const FvStudy *, const FvDataInfo *const *info, size_t left, size_t *bytes,
-                        FvError *err);
+ * `reserve` of them for the jobs. info [experiments] as in fv_plan_job, or NULL. */
+FvStatus fv_plan_caches(const FvStudy *, const FvDataInfo *const *info, size_t left, size_t reserve,
+                        size_t *bytes, FvError *err);
 
 /* The memory of rank 0, the one that holds most: `slots` times its largest job (largest_job bytes),
  * the clips, the caches, the records of all jobs (`histories` bytes) with results.h5 made of them,

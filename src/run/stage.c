@@ -1,19 +1,28 @@
 #include "run/stage.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include "run/sha256.h"
 
 enum { PIECE = 1 << 20 };
 
 FvStatus fv_stage_path(const char *folder, const char *file, char out[FV_PATH], FvError *err) {
-    return fv_path(err, out, FV_PATH, "%s/%s", folder, fv_file_name(file));
+    char *whole = realpath(file, NULL);
+    if (!whole)
+        return FV_FAIL(err, FV_DATA, "%s: %s", file, strerror(errno));
+    uint64_t hash = XXH3_64bits(whole, strlen(whole));
+    free(whole);
+    return fv_path(err, out, FV_PATH, "%s/%016" PRIx64 "-%s", folder, hash, fv_file_name(file));
 }
 
 static FvStatus trouble(const char *file, const char *copy, FvError *err) {
@@ -80,6 +89,22 @@ static bool is_there(const char *copy, const struct stat *wanted) {
            info.st_mtim.tv_nsec == wanted->st_mtim.tv_nsec;
 }
 
+/* Those of `copy` whose process is gone: a killed one may have left half a data file. */
+static void remove_abandoned(const char *folder, const char *copy) {
+    const char *name = fv_file_name(copy);
+    size_t length = strlen(name);
+    DIR *dir = opendir(folder);
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        long pid = 0;
+        if (strncmp(entry->d_name, name, length) == 0 &&
+            sscanf(entry->d_name + length, ".tmp-%ld", &pid) == 1 && pid > 0 &&
+            kill((pid_t)pid, 0) != 0 && errno == ESRCH)
+            unlinkat(dirfd(dir), entry->d_name, 0); /* one too many does no harm */
+    }
+    if (dir)
+        closedir(dir);
+}
+
 FvStatus fv_stage(const char *folder, const char *file, FvError *err) {
     char copy[FV_PATH], temporary[FV_PATH], sum[FV_SHA256_TEXT], copied[FV_SHA256_TEXT];
     struct stat info;
@@ -91,6 +116,7 @@ FvStatus fv_stage(const char *folder, const char *file, FvError *err) {
     FvError why;
     if (fv_make_folder(folder, &why) != FV_OK)
         return FV_FAIL(err, FV_DATA, "--stage: %s", why.text);
+    remove_abandoned(folder, copy);
     FV_TRY(fv_path(err, temporary, sizeof temporary, "%s.tmp-%ld", copy, (long)getpid()));
     FvStatus status = copy_file(file, &info, temporary, sum, err);
     if (status == FV_OK)

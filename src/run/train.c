@@ -34,7 +34,7 @@ typedef struct FvTrainer {
     char folder[FV_PATH], history_path[FV_PATH];
     uint64_t step;  /* steps done */
     uint64_t begun; /* steps queued on the backend: those done, and at most two more */
-    uint64_t eager; /* steps to queue one operation at a time until one is recorded */
+    uint64_t eager; /* steps queued one operation at a time, since this start */
     const FvBatch *batch[FV_MARKS]; /* of the steps that are not done, by step % FV_MARKS */
     bool recorded;                  /* replay() is a step */
     bool stop, save; /* asked for, the same on every rank of the group: no step is begun ahead */
@@ -310,6 +310,16 @@ static FvAdamW adamw_of(const FvTrainer *t, uint64_t step) {
                      .step = step + 1};
 }
 
+static FvStatus average_gradients(FvTrainer *t, FvError *err) {
+    if (fv_exchange_queues(t->exchange))
+        return fv_exchange_finish(t->exchange, err);
+    FV_TRY(t->be->ops->sync(t->be, err)); /* this rank's own part is done */
+    doing(t, FV_WAITING);
+    FV_TRY(fv_exchange_finish(t->exchange, err));
+    doing(t, FV_COMPUTING);
+    return FV_OK;
+}
+
 /* The training step, between its batch and its measures: on a GPU this is what is recorded. */
 static FvStatus compute(FvTrainer *t, const FvAdamW *adamw, FvError *err) {
     FvModel *m = t->model;
@@ -319,9 +329,7 @@ static FvStatus compute(FvTrainer *t, const FvAdamW *adamw, FvError *err) {
     fv_model_coarse(m);
     fv_model_fine(m);
     fv_model_backward(m);
-    doing(t, FV_WAITING);
-    FV_TRY(fv_exchange_finish(t->exchange, err));
-    doing(t, FV_COMPUTING);
+    FV_TRY(average_gradients(t, err));
     fv_model_norm(m);
     fv_model_update(m, adamw);
     return FV_OK;
@@ -331,15 +339,24 @@ static bool records(const FvTrainer *t) {
     return t->config->graph && t->be->records && fv_exchange_queues(t->exchange);
 }
 
+/* What another job does to the device meanwhile could spoil the recording. */
+static FvStatus record_step(FvTrainer *t, const FvAdamW *adamw, FvError *err) {
+    pthread_mutex_lock(t->run->device_lock);
+    FvStatus status = t->be->ops->record(t->be, err);
+    if (status == FV_OK)
+        status = compute(t, adamw, err);
+    if (status == FV_OK)
+        status = t->be->ops->recorded(t->be, err);
+    pthread_mutex_unlock(t->run->device_lock);
+    t->recorded = status == FV_OK;
+    return status;
+}
+
 /* The first steps run as they are called, so that every workspace has its size. */
 static FvStatus compute_or_replay(FvTrainer *t, const FvAdamW *adamw, FvError *err) {
     const uint64_t warm_up = 2;
-    if (!t->recorded && t->eager++ >= warm_up && records(t)) {
-        FV_TRY(t->be->ops->record(t->be, err));
-        FV_TRY(compute(t, adamw, err));
-        FV_TRY(t->be->ops->recorded(t->be, err));
-        t->recorded = true;
-    }
+    if (!t->recorded && t->eager++ >= warm_up && records(t))
+        FV_TRY(record_step(t, adamw, err));
     if (!t->recorded)
         return compute(t, adamw, err);
     t->be->ops->replay(t->be);
@@ -363,6 +380,9 @@ static FvStatus finish_step(FvTrainer *t, FvError *err) {
     FvMeasures measures;
     FvStepMeans means;
     size_t place = t->step % FV_MARKS;
+    /* over NCCL the GPU itself waits for the other ranks' */
+    doing(t,
+          t->run->group->size > 1 && fv_exchange_queues(t->exchange) ? FV_WAITING : FV_COMPUTING);
     FV_TRY(fv_exchange_wait(t->exchange, place, err));
     FV_TRY(fv_model_measured(t->model, place, &measures, err));
     doing(t, FV_WAITING);
@@ -410,10 +430,13 @@ static bool runs_ahead(const FvTrainer *t) {
 static FvStatus rest(FvTrainer *t, FvError *err) {
     FV_TRY(measure_if_due(t, err));
     if (t->save || t->stop || checkpoint_due(t, t->step)) {
+        doing(t, FV_COMPUTING);
         FV_TRY(save_checkpoint(t, err));
+        doing(t, FV_COMPUTING);
         FV_TRY(save_history(t, err));
         t->save = false;
     }
+    doing(t, FV_COMPUTING);
     t->finished = fv_now();
     return FV_OK;
 }
@@ -440,6 +463,10 @@ static FvStatus train_loop(FvTrainer *t, FvError *err) {
                : FV_OK;
 }
 
+static void evaluating(void *trainer, FvActivity activity) {
+    doing(trainer, activity);
+}
+
 static FvStatus connect(FvTrainer *t, FvError *err) {
     const FvRun *run = t->run;
     const FvExchangeConfig config = {.comm = t->config->comm,
@@ -459,7 +486,10 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     const FvDataInfo *data = fv_data_info(t->data);
     size_t max_text = strcmp(t->config->text, "captions") == 0 ? data->max_tokens : 1;
     FV_TRY(fv_config_model(t->config, run->group->size, max_text, &t->c, err));
-    FV_TRY(fv_device_open(&run->device, t->config->precision, run->threads, &t->be, err));
+    pthread_mutex_lock(run->device_lock);
+    FvStatus opened = fv_device_open(&run->device, t->config->precision, run->threads, &t->be, err);
+    pthread_mutex_unlock(run->device_lock);
+    FV_TRY(opened);
     FV_TRY(fv_model_create(&t->c, t->be, &t->model, err));
     FV_TRY(connect(t, err));
     FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),
@@ -467,6 +497,7 @@ static FvStatus create(FvTrainer *t, FvError *err) {
                              fv_grid(&t->c), &t->history, err));
     FV_TRY(fv_evaluator_create(t->model, t->data, &t->c, run->group, t->slot, t->config->map_clips,
                                &t->evaluator, err));
+    fv_evaluator_watch(t->evaluator, evaluating, t);
     char study[8192];
     describe(t, study, sizeof study);
     FvParams *params = fv_model_params(t->model);
@@ -479,18 +510,27 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     return FV_OK;
 }
 
+/* The first cache opens the device for itself. */
+static FvStatus attach_cache(FvTrainer *t, FvError *err) {
+    char note[128];
+    if (!fv_encoder_stored(&t->c))
+        return FV_OK;
+    pthread_mutex_lock(t->run->device_lock);
+    FvStatus status = fv_encoder_caches_attach(t->run->caches, t->model, &t->c, t->be,
+                                               fv_data_info(t->data), note, sizeof note, err);
+    pthread_mutex_unlock(t->run->device_lock);
+    if (status == FV_OK && note[0])
+        report(t, note);
+    return status;
+}
+
 static FvStatus begin(FvTrainer *t, FvError *err) {
     const FvRun *run = t->run;
     FV_TRY(fv_weights_start(t->config, fv_model_params(t->model), t->be, t->seed, err));
     FV_TRY(restore(t, err));
     FV_TRY(share(t, err));
-    if (fv_encoder_stored(&t->c)) {
-        char note[128];
-        FV_TRY(fv_encoder_caches_attach(run->caches, t->model, &t->c, t->be, fv_data_info(t->data),
-                                        note, sizeof note, err));
-        if (note[0])
-            report(t, note);
-    }
+    doing(t, FV_COMPUTING);
+    FV_TRY(attach_cache(t, err));
     FV_TRY(fv_loader_start(t->data, t->seed, t->config->batch, run->group->rank, run->group->size,
                            t->c.max_text, t->step, &t->loader, err));
     t->rate_step = t->checkpoint_step = t->begun = t->step;
@@ -523,18 +563,22 @@ static FvStatus end(FvTrainer *t, FvStatus status, FvError *err) {
     if (status != FV_OK && t->info.state == FV_JOB_FINISHED)
         t->info.state = FV_JOB_FAILED;
     report(t, t->info.why);
-    doing(t, FV_IDLE);
     return status;
 }
 
 static void destroy(FvTrainer *t) {
+    pthread_mutex_lock(t->run->device_lock);
     fv_loader_stop(t->loader);
     fv_evaluator_destroy(t->evaluator);
     fv_checkpointer_destroy(t->checkpointer);
     fv_history_free(&t->history);
     fv_exchange_destroy(t->exchange);
+    if (t->recorded) /* it names what the model holds */
+        t->be->ops->unrecord(t->be);
     fv_model_destroy(t->model);
     fv_backend_destroy(t->be);
+    pthread_mutex_unlock(t->run->device_lock);
+    doing(t, FV_IDLE);
 }
 
 FvStatus fv_train(const FvRun *run, size_t slot, size_t job, FvError *err) {
@@ -549,7 +593,9 @@ FvStatus fv_train(const FvRun *run, size_t slot, size_t job, FvError *err) {
     fv_job_folder(run->out, run->study, job, t.folder, sizeof t.folder);
     snprintf(t.history_path, sizeof t.history_path, "%.*s/history.safetensors", FV_PATH - 64,
              t.folder);
+    doing(&t, FV_COMPUTING);
     FvStatus status = create(&t, err);
+    doing(&t, FV_COMPUTING);
     if (status == FV_OK)
         status = begin(&t, err);
     if (status == FV_OK)

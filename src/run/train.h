@@ -3,6 +3,8 @@
 #ifndef FV_RUN_TRAIN_H
 #define FV_RUN_TRAIN_H
 
+#include <pthread.h>
+
 #include "run/coordinator.h"
 #include "run/data.h"
 #include "run/device.h"
@@ -23,7 +25,8 @@ typedef struct FvRun {
     FvEncoderCaches *caches;
     FvLink *link;
     FvWatchdog *watchdog;
-    size_t threads; /* per job, on a processor */
+    pthread_mutex_t *device_lock; /* one job at a time opens, records on or closes the device */
+    size_t threads;               /* per job, on a processor */
     const volatile sig_atomic_t *stop;
 } FvRun;
 

@@ -1,6 +1,6 @@
 /* Ends a run in which a rank hangs, which would leave the others waiting for ever. Every rank tells
- * rank 0 once a second where its jobs stand; rank 0 names the rank that stands still for longer
- * than its job's limit. */
+ * rank 0 once a second where its jobs stand, and hears from it; rank 0 names the rank to blame when
+ * no rank of a group has come on for longer than the job's limit. */
 #ifndef FV_RUN_WATCHDOG_H
 #define FV_RUN_WATCHDOG_H
 
@@ -13,13 +13,13 @@ typedef struct FvWatchdog FvWatchdog;
 /* What a job does, in one of a rank's slots: waiting is for other ranks of its group. */
 typedef enum FvActivity { FV_IDLE, FV_COMPUTING, FV_WAITING } FvActivity;
 
-/* names [jobs] as messages show them; all live as long as the watchdog. Collective. */
+/* names [jobs] as messages show them; all live as long as the watchdog. FV_DEVICE: no memory or no
+ * thread. */
 FvStatus fv_watchdog_start(const FvWorld *, const FvGroup *, const char *const *names,
                            FvWatchdog **out, FvError *);
-/* Where the slot's job stands; any call with another step or activity is progress. limit: seconds
- * until the next. */
+/* Every call is progress. limit: seconds until the next. */
 void fv_watchdog_at(FvWatchdog *, size_t slot, size_t job, uint64_t step, FvActivity, double limit);
-/* Collective: the end of a run that has not hung. */
-void fv_watchdog_stop(FvWatchdog *);
+/* everywhere: collective, at the end of a run in which every rank has started one; else at once. */
+void fv_watchdog_stop(FvWatchdog *, bool everywhere);
 
 #endif

@@ -54,7 +54,7 @@ static void jobs_share_what_has_the_same_encoder_data_and_sizes(void **state) {
     FvError err = {0};
     FvEncoderCaches *caches;
     bool told;
-    assert_int_equal(fv_encoder_caches_create(&processor, &caches, &err), FV_OK);
+    assert_int_equal(fv_encoder_caches_create(&processor, 0, &caches, &err), FV_OK);
     Fixture first = open_frozen(1, NULL), other = open_frozen(1, further_terms);
     Fixture features = open_frozen(1, shallow), drawn = open_frozen(2, NULL);
     FvDataInfo elsewhere = clips;
@@ -84,7 +84,7 @@ static void another_weight_is_another_encoder(void **state) {
     FvError err = {0};
     FvEncoderCaches *caches;
     bool told;
-    assert_int_equal(fv_encoder_caches_create(&processor, &caches, &err), FV_OK);
+    assert_int_equal(fv_encoder_caches_create(&processor, 0, &caches, &err), FV_OK);
     Fixture f = open_frozen(1, NULL);
     FvEncoderCache *before = attach(caches, &f, &clips, &told);
     const FvParam *p = fixture_param(&f, "dino.encoder.layer.1.norm1.bias");
@@ -121,6 +121,7 @@ static void memory_left_is_some_of_the_machines(void **state) {
 
 /* --- the plan --------------------------------------------------------------------------------- */
 
+/* A tenth of what is left is for the jobs. */
 static size_t planned(FvConfig *configs, size_t count, size_t seeds, size_t left) {
     FvError err = {0};
     FvExperiment *list = calloc(count, sizeof *list);
@@ -129,7 +130,7 @@ static size_t planned(FvConfig *configs, size_t count, size_t seeds, size_t left
     for (size_t i = 0; i < count; i++)
         list[i].config = configs[i];
     FvStudy study = {.experiments = list, .experiment_count = count, .seed_count = seeds};
-    assert_int_equal(fv_plan_caches(&study, NULL, left, &bytes, &err), FV_OK);
+    assert_int_equal(fv_plan_caches(&study, NULL, left + left / 9, left / 9, &bytes, &err), FV_OK);
     free(list);
     return bytes;
 }
