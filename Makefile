@@ -26,8 +26,8 @@ export CC WERROR CUDA
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all run report test tests bench soak weights info help clean sanitize fuzz fuzz-build FORCE \
-        bundle gpu-tests bench-gpu study-gpu \
+.PHONY: all run report attend test tests bench soak weights info help clean sanitize fuzz fuzz-build \
+        FORCE bundle gpu-tests bench-gpu study-gpu \
         format lint lint-format lint-layers lint-tidy lint-cppcheck lint-readme
 
 # --- what was found ------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ $(eval $(call HOST_VARIANT,hostfast,$(PARTS_F64:%.c=$(B)/f32/%.o)))
 
 $(B)/hostfast/fovea: $(patsubst %,$(B)/hostfast/%.o,$(ALL_CUDA) $(HOST_SHIM) $(CUDA_USERS)) $(OTHER_OBJECTS)
 	$(CXX) $(FLAGS_hostfast) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
-$(B)/host/compare_ops: $(B)/host/tests/gpu/compare_ops.c.o $(patsubst %,$(B)/host/%.o,$(ALL_CUDA) $(HOST_SHIM) $(PARTS_F64))
+$(B)/host/compare_ops: $(patsubst %,$(B)/host/%.o,tests/gpu/compare_ops.c $(ALL_CUDA) $(HOST_SHIM) $(PARTS_F64))
 	$(CXX) $(FLAGS_host) $(LDFLAGS) -Wl,--as-needed $^ $(LIBS) -o $@
 
 # --- for a machine with a GPU -----------------------------------------------------------------------
@@ -203,6 +203,10 @@ run:
 # The analysis in an environment of its own; OUT=DIR reports another study.
 report: $(B)/analysis/made
 	@PYTHONPATH=analysis $(B)/analysis/bin/python -m fovea_analysis report $(or $(OUT),runs/ablations) $(ARGS)
+attend: all $(B)/analysis/made
+	@./fovea attend $(RUN) $(VIDEO) -o $(B)/attention.h5 $(ARGS)
+	@PYTHONPATH=analysis $(B)/analysis/bin/python -m fovea_analysis attend $(B)/attention.h5 \
+	    -o $(or $(GIF),attention.gif)
 $(B)/analysis/made: analysis/pyproject.toml scripts/analysis_environment
 	@scripts/configure install analysis || true
 	@scripts/analysis_environment $(B)/analysis
@@ -235,7 +239,7 @@ F32_TESTS := $(TESTS:tests/unit/%.c=$(B)/f32/%)
 F64_TESTS := $(TESTS_F64:tests/unit/%.c=$(B)/f64/%)
 # test_step_memory.c counts allocations in a way that the sanitizers' allocator does not allow.
 SAN_TESTS := $(filter-out %/test_step_memory,$(TESTS:tests/unit/%.c=$(B)/san/%))
-tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(FUZZERS)
+tests: all $(F32_TESTS) $(F64_TESTS) $(SAN_TESTS) $(HOST_TESTS) $(B)/host/compare_ops $(FUZZERS)
 
 sanitize: $(SAN_TESTS)
 	@tests/run sanitize
@@ -282,6 +286,8 @@ help:
 	@echo "                NP=ranks, ARGS='options of fovea'"
 	@echo "make report     what runs/ablations shows, as a page: runs/ablations/report/report.html;"
 	@echo "                OUT=DIR another study, ARGS='options of fovea-report'"
+	@echo "make attend     where an experiment looks in a video: RUN=runs/ablations/D_freeze_dino"
+	@echo "                VIDEO=FILE, GIF=attention.gif, ARGS='options of fovea attend'"
 	@echo "make test       the whole test suite; tests/run NAME... runs some of it"
 	@echo "make weights    fetch the published checkpoints into models/ (docs/weights.md)"
 	@echo "make info       what was found, what was not and what that turns off"

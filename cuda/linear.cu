@@ -162,9 +162,18 @@ void fv_cuda_linear_back(FvBackend *backend, size_t rows, size_t in, size_t out,
         fv_cuda_gemm(cuda, &to_w, dys, xs, dw);
 }
 
-/* --- a product per head ---------------------------------------------------------------------- */
+/* --- a product per head ------------------------------------------------------------------------
+ */
 
-/* y may be an operand tensor: products leave float, which is rounded then. */
+/* y = x + bias, rows of `width`; bias NULL is 0. Products leave float; y may be an operand tensor.
+ */
+template <typename T>
+static __global__ void add_bias(size_t n, size_t width, const float *x, const float *bias, T *y) {
+    size_t i = fv_thread();
+    if (i < n)
+        fv_store(y + i, x[i] + (bias ? bias[i % width] : 0));
+}
+
 void fv_cuda_head_linear(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
                          const real *x, const real *w, const real *bias, real *y) {
     FvCuda *cuda = fv_cuda(backend);
@@ -177,25 +186,22 @@ void fv_cuda_head_linear(FvBackend *backend, size_t rows, size_t heads, size_t i
                       .ldb = in,
                       .ldc = heads * out,
                       .alpha = 1,
-                      .beta = bias ? 1.0f : 0.0f};
+                      .beta = 0};
     size_t n = rows * heads * out, nx = rows * heads * in, nw = heads * out * in;
-    bool is_short = fv_cuda_is_operand(cuda, y);
-    size_t wide = is_short ? fv_cuda_aligned(n * sizeof(float)) : 0;
+    bool plain = !bias && !fv_cuda_is_operand(cuda, y); /* the product is the result */
+    size_t bytes = fv_cuda_operand_bytes(cuda, nx, x) + fv_cuda_operand_bytes(cuda, nw, w);
     char *space;
     if (!fv_are_floats(cuda, "head_linear", w, bias) ||
-        !fv_take_space(
-            cuda, wide + fv_cuda_operand_bytes(cuda, nx, x) + fv_cuda_operand_bytes(cuda, nw, w),
-            &space))
+        !fv_take_space(cuda, bytes + (plain ? 0 : n * sizeof(float)), &space))
         return;
-    float *to = is_short ? (float *)space : y;
-    space += wide;
-    const void *xs = fv_cuda_operand(cuda, nx, x, &space);
-    const void *ws = fv_cuda_operand(cuda, nw, w, &space);
-    if (bias)
-        FV_LAUNCH(cuda, fill_rows, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, heads * out, bias, to);
-    fv_cuda_gemm_strided(cuda, &product, heads, xs, in, ws, out * in, to, out);
-    if (is_short)
-        fv_cuda_round(cuda, n, to, y);
+    const void *a = fv_cuda_operand(cuda, nx, x, &space), *b = fv_cuda_operand(cuda, nw, w, &space);
+    float *c = plain ? y : (float *)space;
+    fv_cuda_gemm_strided(cuda, &product, heads, a, in, b, out * in, c, out);
+    if (!plain)
+        fv_with_elements(cuda, y, [&](auto *to) {
+            FV_LAUNCH(cuda, add_bias, fv_blocks(n, FV_BLOCK), FV_BLOCK, 0, n, heads * out, c, bias,
+                      to);
+        });
 }
 
 void fv_cuda_head_linear_back(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
@@ -211,13 +217,12 @@ void fv_cuda_head_linear_back(FvBackend *backend, size_t rows, size_t heads, siz
                       .ldc = heads * in,
                       .alpha = 1,
                       .beta = 0};
-    size_t ny = rows * heads * out, nw = heads * out * in;
+    size_t ndy = rows * heads * out, nw = heads * out * in;
+    size_t bytes = fv_cuda_operand_bytes(cuda, ndy, dy) + fv_cuda_operand_bytes(cuda, nw, w);
     char *space;
-    if (!fv_are_floats(cuda, "head_linear_back", w, dx) ||
-        !fv_take_space(
-            cuda, fv_cuda_operand_bytes(cuda, ny, dy) + fv_cuda_operand_bytes(cuda, nw, w), &space))
+    if (!fv_are_floats(cuda, "head_linear_back", w, dx) || !fv_take_space(cuda, bytes, &space))
         return;
-    const void *dys = fv_cuda_operand(cuda, ny, dy, &space);
-    const void *ws = fv_cuda_operand(cuda, nw, w, &space);
-    fv_cuda_gemm_strided(cuda, &product, heads, dys, out, ws, out * in, dx, in);
+    const void *a = fv_cuda_operand(cuda, ndy, dy, &space);
+    const void *b = fv_cuda_operand(cuda, nw, w, &space);
+    fv_cuda_gemm_strided(cuda, &product, heads, a, out, b, out * in, dx, in);
 }

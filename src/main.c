@@ -10,6 +10,7 @@
 
 #include "backend/backend.h"
 #include "revision.h"
+#include "run/attend.h"
 #include "run/config.h"
 #include "run/device.h"
 #include "run/execute.h"
@@ -49,6 +50,7 @@ static void print_help(void) {
            "       fovea prepare VIDEOS... -o clips.h5   makes a data file of videos\n"
            "       fovea latents clips.h5 --vae FILE     adds an autoencoder's latents to it\n"
            "       fovea pretrain DATA [key=value ...]   trains an encoder without labels; --help\n"
+           "       fovea attend OUT/NAME VIDEO           where an experiment looks in a video\n"
            "       fovea info STUDY.yaml [FILE] | FILE   lists parameters and what FILE would set\n"
            "       fovea status OUT                      how a study stands\n\n"
            "Without STUDY: configs/ablations.yaml, the seven ablations. Running the same command\n"
@@ -122,6 +124,8 @@ static FvStatus run_command(int argc, char **argv, FvError *err) {
         return fv_prepare(argc - 1, argv + 1, err);
     if (strcmp(argv[1], "latents") == 0)
         return fv_latents_command(argc - 1, argv + 1, err);
+    if (strcmp(argv[1], "attend") == 0)
+        return fv_attend(argc - 1, argv + 1, err);
     if (strcmp(argv[1], "info") == 0)
         return fv_info(argc - 1, argv + 1, err);
     if (argc != 3)
@@ -130,7 +134,7 @@ static FvStatus run_command(int argc, char **argv, FvError *err) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const commands[] = {"prepare", "latents", "info", "status"};
+    static const char *const commands[] = {"prepare", "latents", "attend", "info", "status"};
     FvError err = {0};
     FvStatus status;
     catch_signals(); /* before MPI starts: a batch system may signal at any moment */

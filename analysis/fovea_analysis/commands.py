@@ -1,5 +1,6 @@
 """The commands fovea-report, fovea-compare, fovea-export and fovea-attend."""
 import argparse
+import importlib
 import pathlib
 import signal
 import sys
@@ -97,9 +98,10 @@ def export_work(arguments):
     o = options.parse_args(arguments)
     if o.format == "parquet":
         try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise Unreadable("Parquet needs pyarrow: pip install pyarrow; or --format csv") from None
+            importlib.import_module("pyarrow")
+        except ImportError as error:
+            raise Unreadable(f"Parquet needs pyarrow: {error}; pip install pyarrow, or "
+                             "--format csv") from None
     study = load(o.results)
     folder = o.out or pathlib.Path(study.attrs["path"]).with_name("tables")
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 import numpy as np
 
 from . import words
+from .answer import claim
 from .document import Document
-from .report import against_published, claim, setup_differences
+from .report import against_published, setup_differences
 from .statistics import holm, unpaired
 from .verdicts import ALPHA, MIN_SEEDS, paired
 from .words import number, signed, span
@@ -74,8 +75,8 @@ def two(first, second):
         return page
     page.table(["Experiment", "A: ratio (95 %)", "B: ratio (95 %)", "B − A (95 %)", "p Holm",
                 "verdict", "loss_fine A, B", "sim A, B", "statistics"], rows)
-    page.text("Held-out ratios, below 1 the fine pass predicts better. Differences are paired where "
-              "both studies have finished the same seeds on the same clips. Holm's correction is "
+    page.text("Held-out ratios, below 1 the fine pass predicts better. Differences are paired "
+              "where both studies have finished the same seeds on the same clips. Holm's correction is "
               f"over the {len(rows)} rows, p is Student's.")
     for label, f in (("A", first), ("B", second)):
         best = f.ranked[0]

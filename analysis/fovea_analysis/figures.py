@@ -14,9 +14,10 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa
 
 Picture = collections.namedtuple("Picture", "file caption")
 
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe, Ito
-DASHES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (6, 1, 1, 1, 1, 1)),
-          (0, (10, 3)))
+# Okabe and Ito's; yellow is too pale on white.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+DASHES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)),
+          (0, (6, 1, 1, 1, 1, 1)), (0, (10, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WINDOW = 50       # steps of the rolling mean; a tenth of the run where that is less
 RAW_SEEDS = 3     # seeds whose single steps are drawn
@@ -189,8 +190,9 @@ def ratio_over_steps(findings, folder):
     shown, held = [], []
     experiments = list(started(findings))
     for r, there in experiments:
-        shown.append(curve(left, study.ratio.values[r.index][there], r.index, window, r.name,
-                           alpha=0.3 / len(experiments)))
+        smooth = curve(left, study.ratio.values[r.index][there], r.index, window, r.name,
+                       alpha=0.12 / len(experiments))
+        shown.append(smooth[len(smooth) // 2:])
         if "eval_loss_fine" not in study:
             continue
         fine, coarse = (mean(study[f"eval_loss_{k}"].values[r.index], axis=(2, 3))
@@ -208,7 +210,7 @@ def ratio_over_steps(findings, folder):
     legend(below, left)
     return Picture(save(figure, folder, "ratio.png"),
                    "Ratio = loss_fine / loss_coarse over training: below the line at 1 the fine "
-                   "pass predicts better. Curves that cross again and again are not told apart by "
+                   "pass predicts better; the left axis fits the second half of training. Curves that cross again and again are not told apart by "
                    "their last value.")
 
 
@@ -281,13 +283,13 @@ def experiment(findings, result, folder):
     frame_values(loss, shown)
     smooth = curve(ratio, study.ratio.values[i][there], i, window, color="0.3", linestyle="-",
                    label="training")
-    values = [smooth]
+    values = [smooth[len(smooth) // 2:]]
     if "eval_loss_fine" in study:
         held = mean(mean(study.eval_loss_fine.values[i], axis=(2, 3))
                     / mean(study.eval_loss_coarse.values[i], axis=(2, 3)), axis=0)
         ratio.plot(study.eval_step.values, held, "o", color="#009E73", markersize=4,
                    label="held out", zorder=4)
-        values.append(held[1:])
+        values.append(held[len(held) // 2:])
     ratio.axhline(1, color=FAINT, linewidth=1)
     ratio.yaxis.get_major_formatter().set_useOffset(False)
     frame_values(ratio, values, include=1)

@@ -74,7 +74,9 @@ def signed(values, size=TILE):
     height, width = values.shape
     for y, x in np.argwhere(np.abs(values) > most / 2):
         centre = ((x + 0.5) * size / width, (y + 0.5) * size / height)
-        draw.text(centre, "+" if values[y, x] > 0 else "−", anchor="mm", fill="black",
+        dark = sum(tile.getpixel((int(centre[0]), int(centre[1])))) < 300
+        draw.text(centre, "+" if values[y, x] > 0 else "−", anchor="mm",
+                  fill="white" if dark else "black",
                   font=font(max(9, min(16, size // width))))
     return tile
 
@@ -234,8 +236,8 @@ def apart(maps, folder):
                 "clip's queries tells which."),
         Picture("apart_maps.png",
                 "The frame in which each experiment's passes look farthest apart. In the last "
-                "column orange and + is where the fine query looks more, purple and − where less; "
-                "its colours are scaled for each row.")]
+                "column orange and + is where the fine query looks more, purple and − where "
+                "less; its colours are scaled for each row.")]
 
 
 def animation(maps, clip, folder, name="attention.gif"):
@@ -258,12 +260,15 @@ def animation(maps, clip, folder, name="attention.gif"):
 
 
 def write_gif(pictures, path, milliseconds=350):
-    """One palette for all pictures, so that a colour keeps its meaning."""
+    """One palette for all pictures, so that a colour keeps its meaning: the map's, and what the
+    pictures hold besides."""
     sample = Image.new("RGB", (pictures[0].width, pictures[0].height * 3))
     for i, at in enumerate((0, len(pictures) // 2, len(pictures) - 1)):
         sample.paste(pictures[at], (0, i * pictures[0].height))
-    palette = sample.quantize(colors=255)
-    frames = [p.quantize(palette=palette, dither=Image.NONE) for p in pictures]
+    found = sample.quantize(colors=192, method=Image.MEDIANCUT)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(table("cividis")[::4].ravel().tolist() + found.getpalette()[:3 * 192])
+    frames = [p.quantize(palette=palette, dither=Image.FLOYDSTEINBERG) for p in pictures]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0,
                    optimize=False)
 

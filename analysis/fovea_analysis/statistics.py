@@ -1,7 +1,7 @@
 """Intervals, tests and effect sizes over seeds and held-out clips.
 
-Data are [seed, clip]: every seed is evaluated on the same clips. Both are samples, seeds of training
-runs and clips of videos, so both are resampled. docs/analysis.md explains the choices;
+Data are [seed, clip]: every seed is evaluated on the same clips. Both are samples, seeds of
+training runs and clips of videos, so both are resampled. docs/analysis.md explains the choices;
 tests/python/test_statistics.py checks coverage by simulation.
 """
 import dataclasses

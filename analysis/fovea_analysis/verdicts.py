@@ -87,7 +87,8 @@ def place(study, experiment):
 
 
 def last_evaluation(study, column, experiment, seeds, from_frame=1):
-    """[seed, clip]: mean over frames of a run's last evaluation; without clips that are not there."""
+    """[seed, clip]: mean over frames of a run's last evaluation; clips that are not there left
+    out."""
     rows = np.isin(study.seed.values, seeds)
     values = study["last_" + column].values[place(study, experiment)][rows]
     values = values[:, :, study.frame.values >= from_frame]
@@ -225,8 +226,8 @@ def tag(findings, result):
     elif result.against:
         tags.append(verdict(result.against))
         apart = result.against.cosine
-        clear = len(result.against.seeds) < 2 or apart.high < 0
-        if apart.value <= -APART and clear and tags[0] != "better":
+        if (tags[0] in ("no detectable effect", "worse") and apart.value <= -APART
+                and apart.high < 0):
             tags.append("differentiated but not more predictive")
     else:
         tags.append("not comparable with the baseline")

@@ -25,7 +25,7 @@ typedef struct FvQueryPart {
     FvWeight in_w, out_w, out_b, fixed, init; /* fixed: q_static, init: q_init */
     FvQueryPass pass[FV_PASSES];
     real *dz, *du, *dprobs, *dx, *dn, *dq, *da, *df; /* scratch */
-    real *pooled, *dabsorbed;                        /* scratch, deep, stored: [F, heads * D] */
+    real *pooled, *dpooled, *dabsorbed; /* scratch, deep, stored: [F, heads * D]; pooled: operand */
 } FvQueryPart;
 
 void fv_query_params(FvModel *, FvParams *);

@@ -65,7 +65,8 @@ void fv_query_carve(FvModel *m, FvArena *arena) {
     q->da = fv_take(arena, wide);
     q->df = fv_take(arena, fv_mul(frames, c->dino_mlp));
     if (c->deep && fv_encoder_stored(c)) {
-        q->pooled = fv_take(arena, fv_mul(c->dino_heads, wide));
+        q->pooled = fv_take_operand(arena, fv_mul(c->dino_heads, wide));
+        q->dpooled = fv_take(arena, fv_mul(c->dino_heads, wide));
         q->dabsorbed = fv_take(arena, fv_mul(c->dino_heads, wide));
     }
 }
@@ -157,8 +158,8 @@ static void attend_back(FvModel *m, const FvQueryPass *p, size_t l, const real *
     const FvBlockWeights *w = &e->w->layer[l];
     const real *n = fv_encoded_at(m, m->encoded, l * frames * fv_keys(m) * d);
     const real *absorbed = p->absorbed + l * frames * heads * d;
-    ops->head_linear_back(m->be, frames, heads, d, d / heads, w->v_w.w, q->dn, q->pooled);
-    ops->query_back(m->be, &shape, absorbed, n, n, a->probs, q->pooled, dprobs, q->dabsorbed, NULL,
+    ops->head_linear_back(m->be, frames, heads, d, d / heads, w->v_w.w, q->dn, q->dpooled);
+    ops->query_back(m->be, &shape, absorbed, n, n, a->probs, q->dpooled, dprobs, q->dabsorbed, NULL,
                     NULL);
     ops->head_linear(m->be, frames, heads, d, d / heads, q->dabsorbed, w->k_w.w, NULL, q->dq);
 }

@@ -87,8 +87,8 @@ size_t fv_encoder_cache_fitting(size_t clips, size_t clip_bytes, size_t left) {
 }
 
 /* What this rank may still take, without what its caches have not taken yet. */
-static size_t memory_left(FvEncoderCaches *caches) {
-    size_t left = caches->be->ops->memory_left(caches->be) / caches->device.ranks;
+static size_t memory_left(const FvEncoderCaches *caches, FvBackend *be) {
+    size_t left = be->ops->memory_left(be) / caches->device.ranks;
     for (const Entry *e = caches->first; e; e = e->next) {
         size_t to_come = fv_encoder_cache_to_come(e->cache);
         left -= to_come < left ? to_come : left;
@@ -100,14 +100,15 @@ static FvStatus add_entry(FvEncoderCaches *caches, const FvModelConfig *c, const
                           size_t operand_bytes, const char *key, Entry **out, FvError *err) {
     size_t clips = data->count[FV_TRAIN] + data->count[FV_HELD_OUT];
     size_t clip_bytes = fv_encoder_cache_clip_bytes(c, operand_bytes);
-    if (!caches->be)
-        FV_TRY(fv_device_open(&caches->device, "auto", 1, &caches->be, err));
+    FvBackend *be = caches->be;
+    if (!be)
+        FV_TRY(fv_device_open(&caches->device, "auto", 1, &be, err));
+    caches->be = be;
     Entry *entry = calloc(1, sizeof *entry);
     if (!entry)
         return FV_FAIL(err, FV_DEVICE, "out of memory for an encoder's cache");
-    size_t room = fv_encoder_cache_fitting(clips, clip_bytes, memory_left(caches));
-    FvStatus status =
-        fv_encoder_cache_create(caches->be, clips, room, clip_bytes, &entry->cache, err);
+    size_t room = fv_encoder_cache_fitting(clips, clip_bytes, memory_left(caches, be));
+    FvStatus status = fv_encoder_cache_create(be, clips, room, clip_bytes, &entry->cache, err);
     if (status != FV_OK) {
         free(entry);
         return status;

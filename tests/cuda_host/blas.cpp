@@ -137,6 +137,7 @@ const char *cublasGetStatusString(cublasStatus_t code) {
 cublasStatus_t cublasCreate(cublasHandle_t *out) {
     if (host_device() < 0)
         return CUBLAS_STATUS_NOT_INITIALIZED;
+    openblas_set_num_threads(1); /* the same bits on any number of cores */
     *out = new HostBlas{host_device(), nullptr};
     return CUBLAS_STATUS_SUCCESS;
 }

@@ -18,7 +18,8 @@ class Fault(NamedTuple):
     edits: list
 
 
-MODEL, LM, QUERY = "src/model/model.c", "src/model/lm.c", "src/model/query.c"
+MODEL, STEP = "src/model/model.c", "src/model/step.c"
+LM, QUERY = "src/model/lm.c", "src/model/query.c"
 ENCODER, HEAD, PARAMS = "src/model/encoder.c", "src/model/head.c", "src/model/params.c"
 
 HINGE_CALL = """m->c.frames, t->entropy[FV_FINE], t->entropy[FV_COARSE],
@@ -57,15 +58,15 @@ FAULTS = [
     # --- between the passes ---
     one(
         "no gradient from the fine into the coarse pass",
-        MODEL,
+        STEP,
         "if (pass == FV_COARSE && m->c.vision && m->c.frames > 1)",
         "if (pass == FV_PASSES)",
     ),
     Fault(
         "mode tokens swapped",
         [
-            Edit(MODEL, "m->mode[pass].w", "m->mode[1 - pass].w"),
-            Edit(MODEL, "m->mode[pass].g", "m->mode[1 - pass].g"),
+            Edit(STEP, "m->mode[pass].w", "m->mode[1 - pass].w"),
+            Edit(STEP, "m->mode[pass].g", "m->mode[1 - pass].g"),
         ],
     ),
     one(
@@ -76,7 +77,7 @@ FAULTS = [
     ),
     one(
         "coarse loss at full weight in the gradient",
-        MODEL,
+        STEP,
         "pass == FV_FINE ? 1.0 : m->c.lambda_coarse",
         "1.0",
     ),
@@ -111,8 +112,8 @@ FAULTS = [
     one(
         "no gradient from the query into keys and values",
         QUERY,
-        "e->dk[l], e->dv[l])",
-        "NULL, NULL)",
+        "e->dk[l], e->dv[l]);",
+        "NULL, NULL);",
     ),
     one(
         "no gradient of the entropy",
@@ -120,23 +121,55 @@ FAULTS = [
         "l + 1 == layers ? dprobs : NULL",
         "l > layers ? dprobs : NULL",
     ),
+    # --- stored outputs of a frozen encoder ---
+    one(
+        "bias of the values not added after the sum",
+        QUERY,
+        "pooled, w->v_w.w, w->v_b.w, a->att",
+        "pooled, w->v_w.w, NULL, a->att",
+    ),
+    one(
+        "gradient of the absorbed query through the values' weights",
+        QUERY,
+        "q->dabsorbed, w->k_w.w, NULL, q->dq",
+        "q->dabsorbed, w->v_w.w, NULL, q->dq",
+    ),
+    one(
+        "every clip's outputs in the first one's place",
+        STEP,
+        "fv_encoded_at(m, m->encoded, (i * m->c.clips + b) * n)",
+        "fv_encoded_at(m, m->encoded, i * m->c.clips * n)",
+    ),
+    # --- what the passes share ---
+    one(
+        "only the last pass's gradient of the text",
+        STEP,
+        "if (first || !m->c.share_text)",
+        "if (first || last)",
+    ),
+    one(
+        "only the last pass's gradient of the shared convolutions",
+        STEP,
+        "m->c.share_convolutions && pass == FV_COARSE",
+        "pass == FV_PASSES",
+    ),
     # --- further terms ---
-    one("hinge with the passes swapped", MODEL, HINGE_CALL, HINGE_SWAPPED),
+    one("hinge with the passes swapped", STEP, HINGE_CALL, HINGE_SWAPPED),
     one(
         "contrastive term summed over frames",
-        MODEL,
+        STEP,
         "m->c.contrastive / (double)frames",
         "m->c.contrastive",
     ),
     one(
         "no contrastive gradient into the coarse pass",
-        MODEL,
+        STEP,
         "ops->add(m->be, frames * d, m->dz_coarse, q->dz);",
         ";",
     ),
     one(
         "visual tokens rescaled without its gradient",
-        MODEL,
+        STEP,
         "ops->rescale_back(m->be, frames, w, visual_scale, m->visual_in[pass], "
         "m->visual_std[pass],\n                      m->dvisual, m->dvisual_in);",
         "ops->copy(m->be, frames * w, m->dvisual, m->dvisual_in);",
@@ -241,7 +274,7 @@ FAULTS = [
     one("LM start values too large", LM, "norm ? 1 : 0.02", "norm ? 1 : 0.03"),
     one(
         "another clip's queries are one's own",
-        MODEL,
+        STEP,
         "fine_with(m, m->bank, t->loss_other);",
         "fine_with(m, chosen_queries(m), t->loss_other);",
     ),

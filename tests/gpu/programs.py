@@ -11,7 +11,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICE = os.environ.get("DEVICE", "cuda")
 LIMIT = 150  # seconds for one command
-SMALL, TINY = "configs/ablations.yaml", "configs/tiny.yaml"
+TINY = "configs/tiny.yaml"
+SMALL = TINY if os.environ.get("SIZE") == "tiny" else "configs/ablations.yaml"
 # What changes in a history from run to run.
 TIMES = ("history.series.step_seconds",)
 
@@ -25,7 +26,7 @@ class Failure(Exception):
 
 def find_home():
     """The folder with the programs: a bundle, or the repository once it is built."""
-    if (ROOT / "with").exists():
+    if (ROOT / "with").exists() or "FOVEA" in os.environ:
         return ROOT
     built = subprocess.run(["make", "-j", "fovea", "gpu-tests"], cwd=ROOT, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -43,7 +44,7 @@ class Programs:
     def __init__(self, home):
         self.home = home
         self.around = [str(home / "with")] if (home / "with").exists() else []
-        self.fovea = str(home / ("fovea.bin" if self.around else "fovea"))
+        self.fovea = os.environ.get("FOVEA", str(home / ("fovea.bin" if self.around else "fovea")))
         self.mpirun = str(home / "mpirun") if self.around else "mpirun"
         self.keys = set(re.findall(r"^ +(\w+) ", self.run([self.fovea, "--help"]), re.M))
 

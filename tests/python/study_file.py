@@ -83,7 +83,7 @@ def write(path, experiments, seeds=(0,), clips=8, frames=4, steps=20, effect=Non
                 coarse[-1] *= 1 + rise.get(name, 0.0)
                 fine = coarse * (ratio + noise * rng.normal(size=size))
                 values = dict(zip(EVALS, (
-                    fine, coarse, np.full(size, cosine.get(name, 0.5)) + 1e-3 * rng.normal(size=size),
+                    fine, coarse, cosine.get(name, 0.5) + 1e-3 * rng.normal(size=size),
                     np.ones(size), np.ones(size), copy * clip_level * np.ones(size),
                     fine * (1 + choice.get(name, 0.0) + noise * rng.normal(size=size)))))
                 for column in EVALS:

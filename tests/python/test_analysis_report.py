@@ -1,6 +1,7 @@
 """fovea-report, fovea-compare, fovea-export and the load API, on files that the program writes and
 on fabricated ones: unfinished, failed, NaN, one experiment, a hundred seeds."""
 import contextlib
+import html.parser
 import importlib.util
 import io
 import os
@@ -29,7 +30,8 @@ SEVEN = ["A_baseline", "B_temp_0.1", "C_contrastive", "D_freeze_dino", "E_hard_a
 def run(*arguments):
     """A command as its entry point runs it: status and both outputs."""
     out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # which a user would see
         try:
             commands.COMMANDS[arguments[0]]([str(a) for a in arguments[1:]])
@@ -137,9 +139,20 @@ class OfTheProgram(unittest.TestCase):
         value = float(re.search(r"([\d.]+)\)?\nCoord", done.stdout).group(1).strip("()"))
         self.assertIn(f"# {value:.4f} where", snippet)
 
+    def test_the_example_of_the_docs_runs(self):
+        block = re.search(r"```python\n(.*?)```", (ROOT / "docs/analysis.md").read_text(), re.S)
+        (self.out.parent / "runs").mkdir()
+        (self.out.parent / "runs/ablations").symlink_to(self.out)
+        done = subprocess.run([sys.executable, "-c", block.group(1)], text=True,
+                              cwd=self.out.parent, capture_output=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT / "analysis")})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("eval_loss_fine", done.stdout)
+
     def test_as_a_module(self):
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "analysis")}
-        for arguments, status in ((["compare", self.out, "--against", "seed"], 0), (["nothing"], 1)):
+        for arguments, status in ((["compare", self.out, "--against", "seed"], 0),
+                                  (["nothing"], 1)):
             done = subprocess.run([sys.executable, "-m", "fovea_analysis", *arguments], text=True,
                                   capture_output=True, env=environment)
             self.assertEqual(done.returncode, status, done.stderr)
@@ -150,6 +163,18 @@ class OfTheProgram(unittest.TestCase):
         self.assertGreater(len(sources), 15)
         self.assertEqual(set(sources), {"data:"})
         self.assertNotRegex(text, r'href=|<script|url\(')
+        stack, case = [], self
+
+        class Nesting(html.parser.HTMLParser):
+            def handle_starttag(self, tag, attrs):
+                if tag not in ("meta", "img"):
+                    stack.append(tag)
+
+            def handle_endtag(self, tag):
+                case.assertEqual(stack.pop(), tag)
+
+        Nesting().feed(text)
+        self.assertEqual(stack, [])
 
     def test_pictures(self):
         from PIL import Image
@@ -181,18 +206,18 @@ class OfTheProgram(unittest.TestCase):
     def test_export_gives_the_numbers_back(self):
         done = run("export", self.out, "-o", self.out / "tables")
         self.assertEqual(done.returncode, 0, done.stderr)
-        tables = {n: pandas.read_csv(self.out / f"tables/{n}.csv", float_precision="round_trip")
+        tables = {n: pandas.read_csv(self.out / f"tables/{n}.csv", dtype=str)
                   for n in ("runs", "steps", "evaluations")}
         with h5py.File(self.out / "results.h5") as file:
-            np.testing.assert_array_equal(tables["runs"].held_out_ratio,
+            np.testing.assert_array_equal(tables["runs"].held_out_ratio.astype(float),
                                           file["summary/held_out_ratio"][()].ravel())
-            np.testing.assert_array_equal(tables["steps"].loss_fine,
+            np.testing.assert_array_equal(tables["steps"].loss_fine.astype(float),
                                           file["summary/loss_fine"][()].ravel())
-            rows = tables["evaluations"].query("experiment == 'B_temp_0.1' and seed == 1")
-            np.testing.assert_array_equal(rows.cosine,
+            rows = tables["evaluations"].query("experiment == 'B_temp_0.1' and seed == '1'")
+            np.testing.assert_array_equal(rows.cosine.astype(float),
                                           file["runs/B_temp_0.1/seed_1/eval/cosine"][()].ravel())
         self.assertEqual(set(tables["runs"].query("experiment == 'B_temp_0.1'").config_temperature),
-                         {0.1})
+                         {"0.1"})
 
     @unittest.skipUnless(importlib.util.find_spec("pyarrow"), "pyarrow is not installed")
     def test_parquet(self):
@@ -212,8 +237,8 @@ class Unfinished(Case):
     def test_a_running_study_is_reported_as_such(self):
         study_file.write(self.file, ["A_baseline", "B", "C"], seeds=(0, 1, 2), status=self.STATUS)
         out = self.command("report", self.file)
-        self.assertIn("The study is still going on: 3 of 9 runs have finished (1 running, 4 waiting,"
-                      " 1 failed).", out)
+        self.assertIn("The study is still going on: 3 of 9 runs have finished (1 running, "
+                      "4 waiting, 1 failed).", out)
         text = (self.folder / "report/report.md").read_text()
         self.assertIn("> The study is still going on", text)
         self.assertIn("B, seed 0: step 10: loss_fine is nan", text)
@@ -275,8 +300,17 @@ class Sizes(Case):
     def test_many_experiments(self):
         study_file.write(self.file, ["A_baseline"] + [f"E{i:02}" for i in range(13)], clips=3)
         self.command("report", self.file)
-        self.assertEqual(len(re.findall(r"^### E\d\d", (self.folder / "report/report.md").read_text(),
-                                        re.M)), 13)
+        text = (self.folder / "report/report.md").read_text()
+        self.assertEqual(len(re.findall(r"^### E\d\d", text, re.M)), 13)
+
+    def test_other_budgets_are_told(self):
+        study_file.write(self.file, ["A_baseline", "B"], maps=False)
+        with h5py.File(self.file, "a") as file:
+            file["summary/held_out_step"][1, 0] = 10
+            file["runs/B/seed_0/eval/eval_step"][-1] = 10
+        self.command("report", self.file)
+        self.assertIn("different numbers of steps** (10 and 20)",
+                      (self.folder / "report/report.md").read_text())
 
     def test_answer_says_the_direction(self):
         study_file.write(self.file, ["A_baseline", "B", "C"], seeds=range(4), maps=False,

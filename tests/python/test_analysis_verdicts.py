@@ -10,7 +10,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[2] / "analysis"),
                 str(pathlib.Path(__file__).resolve().parent)]
 import study_file  # noqa: E402
 from fovea_analysis import Unreadable, load  # noqa: E402
-from fovea_analysis.report import claim  # noqa: E402
+from fovea_analysis.answer import claim  # noqa: E402
 from fovea_analysis.statistics import estimate, mean_of, minus, sign_flip  # noqa: E402
 from fovea_analysis.verdicts import Comparison, correct, judge, verdict  # noqa: E402
 
@@ -60,8 +60,9 @@ class Verdicts(unittest.TestCase):
 
     def test_one_and_two_seeds_give_no_verdict(self):
         for seeds in ((3,), (3, 4)):
-            f = self.judge(seeds=seeds, effect={"B": -0.05})
+            f = self.judge(seeds=seeds, effect={"B": -0.05}, cosine={"C": -0.9})
             self.assertEqual(f.by_name("B").tags, ["not enough data"])
+            self.assertEqual(f.by_name("C").tags, ["not enough data"])
             self.assertLess(f.by_name("B").against.ratio.value, -0.04)
 
     def test_sign_flips_decide_from_eight_seeds_on(self):
