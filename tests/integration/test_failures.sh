@@ -51,12 +51,13 @@ until_written ranks
 kill -KILL "$(rank_of ranks)"
 ends_with 137
 shown ranks
-begin ranks mpirun --oversubscribe -np 3
-until_written ranks
+ended_well ranks
+begin launcher mpirun --oversubscribe -np 3
+until_written launcher
 kill -KILL "$run"
 wait "$run" || true
-shown ranks
-ended_well ranks
+shown launcher
+ended_well launcher
 lap "ranks and the launcher"
 
 # A file system that is full, or read-only from the start, where one may be mounted.
@@ -98,6 +99,7 @@ echo '-3d' >"$TMPDIR/offset"
 sleep 0.3
 echo '+30d' >"$TMPDIR/offset"
 ends_with 0
+rm -f "/dev/shm/faketime_shm_$run" "/dev/shm/sem.faketime_sem_$run"
 compare "$whole/results.h5" "$TMPDIR/clock/results.h5"
 lap "the clock jumps"
 
