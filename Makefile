@@ -294,7 +294,7 @@ help:
 	@echo "make bench      speed: every operation, steps per second, the whole study"
 	@echo "make bench-gpu  speed on a GPU beside PyTorch; make study-gpu: the whole study there"
 	@echo "make bundle     a folder that runs on a GPU machine without the libraries (docs/gpu.md)"
-	@echo "make soak       long runs that are killed and started again; then fuzzing, an hour"
+	@echo "make soak       200 failures at random moments and runs to the end; then fuzzing, an hour"
 	@echo "                for each reader, as many at once as there are cores; SECONDS=3600"
 	@echo "make lint       clang-format, layers, clang-tidy, cppcheck"
 	@echo "make format     clang-format in place"

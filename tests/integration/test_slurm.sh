@@ -198,4 +198,8 @@ kill -CONT $orphans
 ended "$lost" lost COMPLETED 0
 [ "$(field "$lost" Restarts)" = 1 ] || fail "the lost job was not requeued once"
 compare "$TMPDIR/whole/results.h5" "$TMPDIR/lost/results.h5"
+for pid in $orphans; do
+    for _ in $(seq 200); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+    kill -0 "$pid" 2>/dev/null && fail "a rank of the lost node goes on"
+done
 done_with "a lost node"
