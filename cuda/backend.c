@@ -76,6 +76,8 @@ static FvStatus cuda_alloc(FvBackend *backend, size_t bytes, void **out, FvError
 }
 
 static void cuda_release(FvBackend *backend, void *p) {
+    if (!p)
+        return;
     fv_cuda_forget(fv_cuda(backend), p);
     fv_cuda_ok(fv_cuda(backend), cudaFree(p), "freeing memory");
 }

@@ -1,7 +1,8 @@
 /* fovea: trains a small foveated video model under a table of ablations.
  *
  * main() chooses the command, catches signals, turns a status into one line and an exit code; the
- * study itself starts in run/execute.c, a training step is train_step() in run/train.c. */
+ * study itself starts in run/execute.c; a training step is compute() in run/train.c, between
+ * begin_step() and finish_step(). */
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>

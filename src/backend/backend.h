@@ -12,8 +12,8 @@
  * whatever the pointer's, so nobody counts elements from the pointer and the host reads none. They
  * are taken as y of gelu, swiglu, layernorm, rmsnorm and head_linear, as out of attention, query
  * and patchify, as x of linear, linear_back, head_linear, conv and conv_back, as k and v of query
- * and query_back where dk and dv are NULL, and by copy_operands. Any other operation on one is
- * refused.
+ * and query_back where dk and dv are NULL, and by copy_operands and first_nonfinite. Any other
+ * operation on one is refused.
  *
  * In every *_back: gradients of parameters (dw, dbias, dgamma, ...) are accumulated (+=) and may
  * be NULL, meaning frozen; gradients of activations are overwritten unless `add` is true or the

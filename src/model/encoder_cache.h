@@ -15,7 +15,8 @@ size_t fv_encoder_cache_clip_values(const FvModelConfig *);
 size_t fv_encoder_cache_clip_bytes(const FvModelConfig *, size_t operand_bytes);
 
 /* For clips 0 .. clips - 1, of which `capacity` are kept at most, those that come first. Their
- * memory is taken one by one from `be`, which serves the cache alone and outlives it. */
+ * memory is taken one by one from `be`, which computes nothing and outlives it. FV_DEVICE: no
+ * memory. */
 FvStatus fv_encoder_cache_create(FvBackend *be, size_t clips, size_t capacity, size_t clip_bytes,
                                  FvEncoderCache **out, FvError *err);
 void fv_encoder_cache_destroy(FvEncoderCache *);

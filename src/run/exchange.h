@@ -35,7 +35,8 @@ const char *fv_exchange_text(const FvExchange *);
 /* True when an average only queues work on the backend, which may be recorded and replayed. */
 bool fv_exchange_queues(const FvExchange *);
 
-/* Tensors in the backend's memory. The root's data [count] becomes everyone's. */
+/* FV_DEVICE from these: MPI, NCCL or the GPU failed. Tensors in the backend's memory. The root's
+ * data [count] becomes everyone's. */
 FvStatus fv_exchange_share(FvExchange *, real *data, size_t count, FvError *);
 
 /* One step's average of g [count]: begin; ready (an FvReady of the model) with falling `from` as

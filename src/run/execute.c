@@ -528,10 +528,10 @@ static FvStatus list_jobs(const Session *s) {
             return agreed_;                                                                        \
     } while (0)
 
-static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err) {
+/* Where to compute, and what: nothing is written yet. */
+static FvStatus choose(Session *s, bool *speaker, FvError *err) {
     const FvOptions *o = &s->in->options;
     const FvWorld *w = &s->in->world;
-    FvStatus made = FV_OK;
     s->memory_before = fv_memory_use().now;
     size_t cores = fv_claim_cores(w);
     s->threads = o->threads ? o->threads : cores;
@@ -543,14 +543,25 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     TOGETHER(check_precision(s, err));
     if (!o->list)
         TOGETHER(fv_device_memory_left(&s->device, &s->memory_left, err));
-    if (o->list || o->dry_run) {
-        if (w->rank == 0)
-            made = o->list
-                       ? list_jobs(s)
+    return FV_OK;
+}
+
+static FvStatus describe(Session *s, bool *speaker, FvError *err) {
+    const FvOptions *o = &s->in->options;
+    const FvWorld *w = &s->in->world;
+    FvStatus made = FV_OK;
+    if (w->rank == 0)
+        made = o->list ? list_jobs(s)
                        : fv_plan_print(&s->study, w, o, s->threads, s->memory_left, s->out, err);
-        TOGETHER(made);
-        return FV_OK;
-    }
+    TOGETHER(made);
+    return FV_OK;
+}
+
+/* OUT, the data, the ranks' groups and those who watch over them. */
+static FvStatus open_all(Session *s, bool *speaker, FvError *err) {
+    const FvOptions *o = &s->in->options;
+    const FvWorld *w = &s->in->world;
+    FvStatus made = FV_OK;
     TOGETHER(open_out(s, err));
     TOGETHER(fv_world_broadcast(&s->fence, sizeof s->fence, err));
     s->fence.lock = s->lock; /* -1 but on rank 0 */
@@ -568,29 +579,41 @@ static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err
     TOGETHER(start_coordinator(s, err));
     TOGETHER(fv_watchdog_start(w, &s->group, s->name_list, &s->watchdog, err));
     s->watched = true;
+    return FV_OK;
+}
+
+/* What the study came to, when this rank's slots came to `status`. */
+static FvStatus conclude(Session *s, FvStatus status, FvError *err) {
+    FvError late;
+    FvStatus finished = s->group.rank == 0 ? fv_coordinator_finish(s->coordinator, &late) : FV_OK;
+    if (s->in->world.rank == 0) {
+        tell_memory(s);
+        fv_print_ranking(&s->study, fv_coordinator_records(s->coordinator), s->out);
+    }
+    if (status != FV_OK || finished == FV_OK)
+        return status;
+    *err = late;
+    if (finished == FV_JOB)
+        FV_FAIL(err, FV_JOB,
+                "a job failed (its reason is above and in %s/results.h5); the others are done",
+                s->out);
+    if (finished == FV_STOPPED)
+        FV_FAIL(err, FV_STOPPED, "stopped; the same command goes on from the checkpoints");
+    return finished;
+}
+
+static FvStatus run_session(Session *s, bool *speaker, bool *abort, FvError *err) {
+    const FvOptions *o = &s->in->options;
+    FV_TRY(choose(s, speaker, err));
+    if (o->list || o->dry_run)
+        return describe(s, speaker, err);
+    FV_TRY(open_all(s, speaker, err));
     FvStatus status = run_slots(s, abort, err);
     if (*abort) {
         *speaker = true;
         return status;
     }
-    FvError late;
-    FvStatus finished = s->group.rank == 0 ? fv_coordinator_finish(s->coordinator, &late) : FV_OK;
-    if (w->rank == 0) {
-        tell_memory(s);
-        fv_print_ranking(&s->study, fv_coordinator_records(s->coordinator), s->out);
-    }
-    if (status == FV_OK && finished != FV_OK) {
-        status = finished;
-        *err = late;
-        if (finished == FV_JOB)
-            FV_FAIL(err, FV_JOB,
-                    "a job failed (its reason is above and in %s/results.h5); the "
-                    "others are done",
-                    s->out);
-        if (finished == FV_STOPPED)
-            FV_FAIL(err, FV_STOPPED, "stopped; the same command goes on from the checkpoints");
-    }
-    return fv_world_agree(w, status, speaker);
+    return fv_world_agree(&s->in->world, conclude(s, status, err), speaker);
 }
 
 FvStatus fv_execute(const FvInvocation *in, bool *speaker, bool *abort, FvError *err) {

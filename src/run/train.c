@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 #include "base/memory.h"
@@ -42,6 +43,7 @@ typedef struct FvTrainer {
     /* rows that an earlier start has already shown: a restart from an older checkpoint computes
      * them again, and what was shown must not shrink meanwhile */
     size_t shown_steps, shown_evals, shown_maps;
+    bool knows_shown; /* these are known; before, nothing may be written over */
     double last_history, last_checkpoint, last_report, started;
     double rate_start; /* from here and rate_step on, steps per second are counted */
     uint64_t rate_step, checkpoint_step;
@@ -171,6 +173,7 @@ static FvStatus restore(FvTrainer *t, FvError *err) {
         if (note[0])
             report(t, note);
     }
+    t->knows_shown = true;
     return FV_OK;
 }
 
@@ -486,15 +489,15 @@ static FvStatus create(FvTrainer *t, FvError *err) {
     const FvDataInfo *data = fv_data_info(t->data);
     size_t max_text = strcmp(t->config->text, "captions") == 0 ? data->max_tokens : 1;
     FV_TRY(fv_config_model(t->config, run->group->size, max_text, &t->c, err));
+    FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),
+                             data->count[FV_HELD_OUT], t->c.frames, t->config->map_clips,
+                             fv_grid(&t->c), &t->history, err));
     pthread_mutex_lock(run->device_lock);
     FvStatus opened = fv_device_open(&run->device, t->config->precision, run->threads, &t->be, err);
     pthread_mutex_unlock(run->device_lock);
     FV_TRY(opened);
     FV_TRY(fv_model_create(&t->c, t->be, &t->model, err));
     FV_TRY(connect(t, err));
-    FV_TRY(fv_history_create(t->config->steps, fv_eval_count(t->config), fv_map_count(t->config),
-                             data->count[FV_HELD_OUT], t->c.frames, t->config->map_clips,
-                             fv_grid(&t->c), &t->history, err));
     FV_TRY(fv_evaluator_create(t->model, t->data, &t->c, run->group, t->slot, t->config->map_clips,
                                &t->evaluator, err));
     fv_evaluator_watch(t->evaluator, evaluating, t);
@@ -545,6 +548,13 @@ static FvStatus begin(FvTrainer *t, FvError *err) {
     return FV_OK;
 }
 
+/* A job that failed before it had read what is there records that in an empty folder only. */
+static bool may_record(const FvTrainer *t) {
+    FvError ignored;
+    return t->history.block && (t->knows_shown || (access(t->history_path, F_OK) != 0 &&
+                                                   fv_make_folder(t->folder, &ignored) == FV_OK));
+}
+
 /* Records how the job ended; the job's own failure comes before a failure to record it. */
 static FvStatus end(FvTrainer *t, FvStatus status, FvError *err) {
     FvError second;
@@ -556,7 +566,7 @@ static FvStatus end(FvTrainer *t, FvStatus status, FvError *err) {
         snprintf(t->info.why, sizeof t->info.why, "%s", err->text);
     if (is_root(t) && t->checkpointer && status == FV_OK)
         status = fv_checkpoint_save_model(t->checkpointer, err);
-    if (t->history.block && save_history(t, &second) != FV_OK && status == FV_OK) {
+    if (may_record(t) && save_history(t, &second) != FV_OK && status == FV_OK) {
         *err = second;
         status = second.status;
     }
