@@ -130,6 +130,8 @@ code=0
 grep -q 'memory' "$TMPDIR/log" || { cat "$TMPDIR/log"; fail "a lack of memory is not told"; }
 [ "$("$FOVEA" status "$TMPDIR/memory" | grep -c ' finished ')" = 2 ] ||
     { "$FOVEA" status "$TMPDIR/memory"; fail "other experiments were lost"; }
+"$FOVEA" status "$TMPDIR/memory" | grep -Eq '^E_hard_attn_32 .* failed .*memory' ||
+    { "$FOVEA" status "$TMPDIR/memory"; fail "the job does not tell why it failed"; }
 lap "too little memory"
 
 # A rank hangs, here before it has told of its job: the watchdog names it, and the run can be gone
