@@ -234,6 +234,8 @@ void fv_message_wait(size_t from, int tag, void *data, size_t bytes) {
         nap(1);
 }
 
+/* The checker wants a request's start and its wait in one function.
+ * NOLINTBEGIN(clang-analyzer-optin.mpi.MPI-Checker) */
 struct FvPost {
     MPI_Request request; /* MPI_REQUEST_NULL: none on its way */
     char data[FV_MESSAGE];
@@ -265,6 +267,7 @@ void fv_post_destroy(FvPost *post, bool taken) {
     if (done)
         free(post);
 }
+/* NOLINTEND(clang-analyzer-optin.mpi.MPI-Checker) */
 
 void fv_mpi_version(char *out, size_t size) {
     char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
