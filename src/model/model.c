@@ -332,6 +332,15 @@ void fv_model_attention(FvModel *m, FvPass pass, double *out) {
         }
 }
 
+/* --- gradients that are final -------------------------------------------------------------- */
+
+void fv_model_on_ready(FvModel *m, FvReady *ready, void *context) {
+    m->ready = ready;
+    m->ready_context = context;
+    m->encoder.ready = fv_ready_from;
+    m->encoder.ready_context = m;
+}
+
 /* --- trouble -------------------------------------------------------------------------------- */
 
 static bool bad(FvModel *m, const real *x, size_t n, const char *what, const char *of, char *name,

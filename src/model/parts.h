@@ -153,7 +153,12 @@ struct FvModel {
     void *ready_context;
 };
 
-void fv_ready_from(void *model, const real *g); /* tells FvModel.ready */
+/* From the gradient g on (NULL: frozen or unused) to the end of params->g, all is final. */
+static inline void fv_ready_from(void *model, const real *g) {
+    const FvModel *m = model;
+    if (m->ready && g)
+        m->ready(m->ready_context, (size_t)(g - m->params.g));
+}
 
 /* Element i of stored outputs of the encoder, which are operand tensors when deep. */
 static inline real *fv_encoded_at(const FvModel *m, const real *base, size_t i) {

@@ -275,20 +275,6 @@ static void pass_back(FvModel *m, FvPass pass) {
                        m->rows.zeros, true);
 }
 
-void fv_model_on_ready(FvModel *m, FvReady *ready, void *context) {
-    m->ready = ready;
-    m->ready_context = context;
-    m->encoder.ready = fv_ready_from;
-    m->encoder.ready_context = m;
-}
-
-/* From the gradient g on (NULL: frozen or unused) to the end of params->g, all is final. */
-void fv_ready_from(void *model, const real *g) {
-    const FvModel *m = model;
-    if (m->ready && g)
-        m->ready(m->ready_context, (size_t)(g - m->params.g));
-}
-
 /* last: no gradient is added to what the text trains after this. */
 static void text_back(FvModel *m, bool last) {
     const FvOps *ops = m->be->ops;

@@ -155,3 +155,12 @@ FvStatus fv_fence_check(const FvFence *fence, FvError *err) {
     describe(&now, who, sizeof who);
     return FV_FAIL(err, FV_IO, "%s: another run has taken over: %s", fence->folder, who);
 }
+
+static FvStatus allows(const void *fence, FvError *err) {
+    return fv_fence_check(fence, err);
+}
+
+FvStatus fv_file_replace(const char *path, const FvBytes *parts, size_t count, const FvFence *fence,
+                         FvError *err) {
+    return fv_file_write_if(path, parts, count, allows, fence, err);
+}

@@ -27,4 +27,8 @@ void fv_fence_describe(const char *folder, char *out, size_t size);
  * FV_IO when another run has taken over, or the folder is gone. NULL is never refused. */
 FvStatus fv_fence_check(const FvFence *, FvError *);
 
+/* fv_file_write in the fence's folder: what is there is replaced only by the run that may. */
+FvStatus fv_file_replace(const char *path, const FvBytes *parts, size_t count, const FvFence *,
+                         FvError *err);
+
 #endif

@@ -11,8 +11,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "run/fence.h"
-
 #include "base/memory.h"
 
 FvStatus fv_path(FvError *err, char *out, size_t size, const char *format, ...) {
@@ -159,15 +157,15 @@ static bool sync_folder_of(const char *path) {
     return good;
 }
 
-FvStatus fv_file_replace(const char *path, const FvBytes *parts, size_t count, const FvFence *fence,
-                         FvError *err) {
+FvStatus fv_file_write_if(const char *path, const FvBytes *parts, size_t count,
+                          FvPermission *allows, const void *context, FvError *err) {
     char temporary[FV_PATH];
     FvStatus status = FV_OK;
     FV_TRY(fv_path(err, temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid()));
     if (!write_synced(temporary, parts, count))
         status = FV_FAIL(err, FV_IO, "%s: cannot be written: %s", path, strerror(errno));
-    if (status == FV_OK)
-        status = fv_fence_check(fence, err);
+    if (status == FV_OK && allows)
+        status = allows(context, err);
     if (status == FV_OK && rename(temporary, path) != 0)
         status = FV_FAIL(err, FV_IO, "%s: cannot be written: %s", path, strerror(errno));
     if (status != FV_OK) {
@@ -180,7 +178,7 @@ FvStatus fv_file_replace(const char *path, const FvBytes *parts, size_t count, c
 }
 
 FvStatus fv_file_write(const char *path, const FvBytes *parts, size_t count, FvError *err) {
-    return fv_file_replace(path, parts, count, NULL, err);
+    return fv_file_write_if(path, parts, count, NULL, NULL, err);
 }
 
 FvStatus fv_file_publish(const char *temporary, const char *path, FvError *err) {

@@ -32,10 +32,11 @@ typedef struct FvBytes {
  * the folder: at any moment, power loss included, `path` is the old file or the new one, whole. On
  * failure the temporary file is removed and FV_IO tells path and reason. */
 FvStatus fv_file_write(const char *path, const FvBytes *parts, size_t count, FvError *err);
-/* The same in a folder that has one writer (run/fence.h): FV_IO when another has taken over. */
-struct FvFence;
-FvStatus fv_file_replace(const char *path, const FvBytes *parts, size_t count,
-                         const struct FvFence *, FvError *err);
+/* The same, if `allows` says FV_OK when all but the last step is done: the file is renamed to
+ * `path` or removed. */
+typedef FvStatus FvPermission(const void *context, FvError *err);
+FvStatus fv_file_write_if(const char *path, const FvBytes *parts, size_t count,
+                          FvPermission *allows, const void *context, FvError *err);
 
 /* Syncs a written file, renames it to `path` and syncs the folder: what `path` names is replaced
  * whole. FV_IO tells path and reason; the temporary file is the caller's then. */

@@ -16,6 +16,7 @@
 #include "run/crops.h"
 #include "run/data.h"
 #include "run/data_file.h"
+#include "run/fence.h"
 #include "run/files.h"
 #include "run/outdir.h"
 #include "run/pretrain_config.h"

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/memory.h"
+#include "run/fence.h"
 #include "run/files.h"
 #include "run/hdf5_lock.h"
 #include "run/results_hdf5.h"

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <xxhash.h>
 
+#include "run/fence.h"
 #include "run/files.h"
 #include "run/safetensors_parts.h"
 
