@@ -8,19 +8,38 @@ static __global__ void fill_rows(size_t n, size_t width, const float *bias, floa
         y[i] = bias[i % width];
 }
 
+/* The product of each of `heads` parts of x [rows, heads * in] with its weights [out, in], into y
+ * [rows, heads * out], and the one of dy with them, into dx. */
+static FvGemm to_y(size_t rows, size_t heads, size_t in, size_t out, bool add) {
+    return {.trans_a = false,
+            .trans_b = true,
+            .m = rows,
+            .n = out,
+            .k = in,
+            .lda = heads * in,
+            .ldb = in,
+            .ldc = heads * out,
+            .alpha = 1,
+            .beta = add ? 1.0f : 0.0f};
+}
+
+static FvGemm to_x(size_t rows, size_t heads, size_t in, size_t out, bool add) {
+    return {.trans_a = false,
+            .trans_b = false,
+            .m = rows,
+            .n = in,
+            .k = out,
+            .lda = heads * out,
+            .ldb = in,
+            .ldc = heads * in,
+            .alpha = 1,
+            .beta = add ? 1.0f : 0.0f};
+}
+
 void fv_cuda_linear(FvBackend *backend, size_t rows, size_t in, size_t out, const real *x,
                     const real *w, const real *bias, real *y) {
     FvCuda *cuda = fv_cuda(backend);
-    FvGemm product = {.trans_a = false,
-                      .trans_b = true,
-                      .m = rows,
-                      .n = out,
-                      .k = in,
-                      .lda = in,
-                      .ldb = in,
-                      .ldc = out,
-                      .alpha = 1,
-                      .beta = bias ? 1.0f : 0.0f};
+    FvGemm product = to_y(rows, 1, in, out, bias != nullptr);
     size_t n = rows * out, nx = rows * in, nw = out * in;
     char *space;
     if (!fv_are_floats(cuda, "linear", w, bias, y) ||
@@ -124,26 +143,17 @@ const void *fv_cuda_gradient(FvCuda *cuda, size_t rows, size_t width, const floa
 void fv_cuda_linear_back(FvBackend *backend, size_t rows, size_t in, size_t out, const real *x,
                          const real *w, const real *dy, real *dx, bool add, real *dw, real *dbias) {
     FvCuda *cuda = fv_cuda(backend);
-    FvGemm to_x = {.trans_a = false,
-                   .trans_b = false,
-                   .m = rows,
-                   .n = in,
-                   .k = out,
-                   .lda = out,
-                   .ldb = in,
-                   .ldc = in,
-                   .alpha = 1,
-                   .beta = add ? 1.0f : 0.0f};
-    FvGemm to_w = {.trans_a = true,
-                   .trans_b = false,
-                   .m = out,
-                   .n = in,
-                   .k = rows,
-                   .lda = out,
-                   .ldb = in,
-                   .ldc = in,
-                   .alpha = 1,
-                   .beta = 1};
+    FvGemm for_x = to_x(rows, 1, in, out, add);
+    FvGemm for_w = {.trans_a = true,
+                    .trans_b = false,
+                    .m = out,
+                    .n = in,
+                    .k = rows,
+                    .lda = out,
+                    .ldb = in,
+                    .ldc = in,
+                    .alpha = 1,
+                    .beta = 1};
     x = dw ? x : nullptr; /* what is not read is not rounded */
     w = dx ? w : nullptr;
     size_t nx = rows * in, nw = out * in;
@@ -157,9 +167,9 @@ void fv_cuda_linear_back(FvBackend *backend, size_t rows, size_t in, size_t out,
     const void *ws = fv_cuda_operand(cuda, nw, w, &space);
     const void *dys = fv_cuda_gradient(cuda, rows, out, dy, dbias, &space);
     if (dx)
-        fv_cuda_gemm(cuda, &to_x, dys, ws, dx);
+        fv_cuda_gemm(cuda, &for_x, dys, ws, dx);
     if (dw && rows > 0)
-        fv_cuda_gemm(cuda, &to_w, dys, xs, dw);
+        fv_cuda_gemm(cuda, &for_w, dys, xs, dw);
 }
 
 /* --- a product per head ------------------------------------------------------------------------
@@ -177,16 +187,7 @@ static __global__ void add_bias(size_t n, size_t width, const float *x, const fl
 void fv_cuda_head_linear(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
                          const real *x, const real *w, const real *bias, real *y) {
     FvCuda *cuda = fv_cuda(backend);
-    FvGemm product = {.trans_a = false,
-                      .trans_b = true,
-                      .m = rows,
-                      .n = out,
-                      .k = in,
-                      .lda = heads * in,
-                      .ldb = in,
-                      .ldc = heads * out,
-                      .alpha = 1,
-                      .beta = 0};
+    FvGemm product = to_y(rows, heads, in, out, false);
     size_t n = rows * heads * out, nx = rows * heads * in, nw = heads * out * in;
     bool plain = !bias && !fv_cuda_is_operand(cuda, y); /* the product is the result */
     size_t bytes = fv_cuda_operand_bytes(cuda, nx, x) + fv_cuda_operand_bytes(cuda, nw, w);
@@ -207,16 +208,7 @@ void fv_cuda_head_linear(FvBackend *backend, size_t rows, size_t heads, size_t i
 void fv_cuda_head_linear_back(FvBackend *backend, size_t rows, size_t heads, size_t in, size_t out,
                               const real *w, const real *dy, real *dx) {
     FvCuda *cuda = fv_cuda(backend);
-    FvGemm product = {.trans_a = false,
-                      .trans_b = false,
-                      .m = rows,
-                      .n = in,
-                      .k = out,
-                      .lda = heads * out,
-                      .ldb = in,
-                      .ldc = heads * in,
-                      .alpha = 1,
-                      .beta = 0};
+    FvGemm product = to_x(rows, heads, in, out, false);
     size_t ndy = rows * heads * out, nw = heads * out * in;
     size_t bytes = fv_cuda_operand_bytes(cuda, ndy, dy) + fv_cuda_operand_bytes(cuda, nw, w);
     char *space;
